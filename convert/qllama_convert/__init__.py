@@ -1,0 +1,1 @@
+"""Everything about checkpoint files. Import the submodules; nothing is re-exported."""

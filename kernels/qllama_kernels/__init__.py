@@ -1,0 +1,1 @@
+"""Matrix products over quantized weights. Import the submodules; nothing is re-exported."""

@@ -1,0 +1,1 @@
+"""Quantized Llama 3 in JAX."""
