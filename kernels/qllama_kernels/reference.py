@@ -99,7 +99,7 @@ def dequantize_input(
 
 
 def scales_follow_rows(scales: jax.Array, n: int) -> bool:
-    """Whether one scale covers a whole row (or the whole weight), so that it can wait for the sum."""
+    """Whether one scale covers a whole row (or the whole weight) and can wait for the sum."""
     return scales.shape[1] == 1 and scales.shape[0] in (1, n)
 
 

@@ -1,6 +1,7 @@
 """A quantized weight: codes, scales and whatever else its scheme needs to be read as numbers."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,46 @@ class QTensor:
                 f"asymmetric static activations: {offset}, but input_zero is "
                 f"{_presence(self.input_zero)}"
             )
+
+
+def stack_rows(tensors: Sequence[QTensor]) -> QTensor | None:
+    """One QTensor whose rows are those of all `tensors`, host arrays; None where not exact.
+
+    Exact means: every weight and every quantized input stays what it was. Per-tensor scales become
+    per-row ones. Not exact, and left to separate products: different schemes, scale dtypes,
+    column groups or input scales, and blocks that would straddle two tensors.
+    """
+    first = tensors[0]
+    scheme = first.scheme
+    for other in tensors[1:]:
+        if other.scheme != scheme or other.shape[1] != first.shape[1]:
+            return None
+        if other.scales.dtype != first.scales.dtype:
+            return None
+        for name in ("g_idx", "input_scale", "input_zero"):
+            mine, theirs = getattr(first, name), getattr(other, name)
+            if (mine is None) != (theirs is None):
+                return None
+            if mine is not None and not np.array_equal(mine, theirs):
+                return None
+    if scheme.block_size is not None and any(
+        t.shape[0] % scheme.block_size[0] for t in tensors[:-1]
+    ):
+        return None
+    scales = [t.scales for t in tensors]
+    zeros = [t.zeros for t in tensors if t.zeros is not None]
+    if scheme.strategy == "tensor":
+        scheme = replace(scheme, strategy="channel")
+        scales = [np.broadcast_to(t.scales, (t.shape[0], 1)) for t in tensors]
+        zeros = [np.broadcast_to(t.zeros, (t.shape[0], 1)) for t in tensors if t.zeros is not None]
+    return replace(
+        first,
+        codes=np.concatenate([t.codes for t in tensors]),
+        scales=np.concatenate(scales),
+        zeros=np.concatenate(zeros) if zeros else None,
+        scheme=scheme,
+        shape=(sum(t.shape[0] for t in tensors), first.shape[1]),
+    )
 
 
 def _presence(array: Array | None) -> str:

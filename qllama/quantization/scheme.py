@@ -31,7 +31,7 @@ class ActivationScheme:
             )
         if self.dynamic and self.strategy == "tensor":
             raise ValueError(
-                "dynamic per-tensor activations make a row depend on its batch; use strategy 'token'"
+                "a dynamic scale per tensor makes a row depend on its batch; use strategy 'token'"
             )
         if not self.dynamic and self.strategy != "tensor":
             raise ValueError(f"static activations have one scale, not one per {self.strategy}")

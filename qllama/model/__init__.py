@@ -1,0 +1,1 @@
+"""Llama in Flax NNX: layers, rotary embedding, key-value cache, decoder."""

@@ -1,0 +1,176 @@
+"""Linear layers: plain, quantized, and several that read the same input merged into one.
+
+Weights are `[N, K]` (out, in) as in the checkpoint; inputs `[..., K]`, results `[..., N]`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from qllama_kernels.dispatch import quantized_matmul
+from qllama_kernels.reference import dequantize_input
+from qllama_kernels.xla import dot
+
+from qllama.quantization.activations import Semantics, quantize_activations
+from qllama.quantization.qtensor import QTensor
+from qllama.quantization.scheme import ActivationScheme
+
+
+class QuantParam(nnx.Variable):
+    """A frozen quantized weight; not an `nnx.Param`, so optimisers never select it."""
+
+
+class Dense(nnx.Module):
+    """`x Wᵀ + b` with a float weight, summed in float32."""
+
+    def __init__(self, weight: jax.Array, bias: jax.Array | None = None) -> None:
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
+        out = dot(x, self.weight[...], jnp.float32)
+        if self.bias is not None:
+            out = out + self.bias[...].astype(jnp.float32)
+        return out.astype(out_dtype or x.dtype)
+
+
+class QuantDense(nnx.Module):
+    """`x Wᵀ + b` with a quantized weight, the input quantized first where the scheme says so."""
+
+    def __init__(
+        self,
+        weight: QTensor,
+        bias: jax.Array | None = None,
+        *,
+        backend: str = "auto",
+        semantics: Semantics = "vllm",
+    ) -> None:
+        self.weight = QuantParam(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.backend = backend
+        self.semantics: Semantics = semantics
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.get_value().shape[0]
+
+    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
+        weight: QTensor = self.weight.get_value()
+        out_dtype = out_dtype or x.dtype
+        input_scale = input_zero = None
+        if weight.scheme.activations is not None:
+            x, input_scale, input_zero = quantize_activations(
+                x,
+                weight.scheme.activations,
+                input_scale=weight.input_scale,
+                input_zero=weight.input_zero,
+                semantics=self.semantics,
+            )
+        return quantized_matmul(
+            x,
+            weight.codes,
+            weight.scales,
+            weight.zeros,
+            weight_dtype=weight.scheme.weight_dtype,
+            group_size=weight.group_size,
+            g_idx=weight.g_idx,
+            input_scale=input_scale,
+            input_zero=input_zero,
+            bias=None if self.bias is None else self.bias[...],
+            out_dtype=out_dtype,
+            backend=self.backend,
+        )
+
+
+class DequantizedDense(Dense):
+    """A `QuantDense` whose weight was dequantized once, for devices with no narrow matrix units.
+
+    Its input is still quantized as the scheme says: the numbers are those of the scheme, only the
+    product is done in the compute dtype.
+    """
+
+    def __init__(
+        self,
+        weight: jax.Array,
+        bias: jax.Array | None = None,
+        *,
+        activations: ActivationScheme,
+        input_scale: jax.Array | None = None,
+        input_zero: jax.Array | None = None,
+        semantics: Semantics = "vllm",
+    ) -> None:
+        super().__init__(weight, bias)
+        self.activations = activations
+        self.input_scale = None if input_scale is None else nnx.Variable(input_scale)
+        self.input_zero = None if input_zero is None else nnx.Variable(input_zero)
+        self.semantics: Semantics = semantics
+
+    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
+        codes, scale, zero = quantize_activations(
+            x,
+            self.activations,
+            input_scale=None if self.input_scale is None else self.input_scale[...],
+            input_zero=None if self.input_zero is None else self.input_zero[...],
+            semantics=self.semantics,
+        )
+        out_dtype = out_dtype or x.dtype
+        return super().__call__(dequantize_input(codes, scale, zero).astype(x.dtype), out_dtype)
+
+
+class MergedDense(nnx.Module):
+    """Linears that read the same input, such as q, k and v: called once, answered separately.
+
+    `parts` is one layer whose rows are those of all Linears stacked, where that is exact, or one
+    layer for each.
+    """
+
+    def __init__(self, parts: Sequence[nnx.Module], sizes: Sequence[int]) -> None:
+        self.parts = nnx.List(parts)
+        self.sizes = tuple(sizes)
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        if len(self.parts) == len(self.sizes):
+            return [part(x) for part in self.parts]
+        borders = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes) - 1)]
+        return jnp.split(self.parts[0](x), borders, axis=-1)
+
+
+def make_dense(
+    weight: jax.Array | QTensor,
+    bias: jax.Array | None = None,
+    *,
+    dtype: jnp.dtype | type,
+    backend: str = "auto",
+    semantics: Semantics = "vllm",
+) -> Dense | QuantDense:
+    """The layer that runs `weight` on the present device.
+
+    Args:
+        weight: `[N, K]`, float or quantized.
+        bias: `[N]` or None.
+        dtype: the compute dtype; float weights are cast to it.
+        backend: as `qllama_kernels.dispatch.quantized_matmul`. "auto" off the GPU dequantizes the
+            weight here, once: XLA's narrow products are slower than float ones on a CPU.
+        semantics: of activation quantization.
+    """
+    bias = None if bias is None else bias.astype(dtype)
+    if not isinstance(weight, QTensor):
+        return Dense(weight.astype(dtype), bias)
+    if backend != "auto" or jax.default_backend() == "gpu":
+        return QuantDense(weight, bias, backend=backend, semantics=semantics)
+    activations = weight.scheme.activations
+    if activations is None:
+        return Dense(weight.dequantize(dtype), bias)
+    return DequantizedDense(
+        weight.dequantize(dtype),
+        bias,
+        activations=activations,
+        input_scale=weight.input_scale,
+        input_zero=weight.input_zero,
+        semantics=semantics,
+    )

@@ -1,0 +1,99 @@
+"""The key-value cache: one array a layer, keys and values together, and attention over it.
+
+Write first, then attend: a chunk's own keys and values are read back from the cache, so that with
+a quantized cache the logits do not depend on where a text was cut into chunks.
+
+Legend: B rows, T query tokens, S capacity in tokens, N heads, K key-value heads, H head_dim.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from qllama.config import LlamaConfig
+from qllama.quantization.activations import to_float8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer. Donate it to the program that updates it."""
+
+    layers: tuple[jax.Array, ...]  # each [B, 2, K, S, H]; index 0 of axis 1 is keys
+
+    @property
+    def capacity(self) -> int:
+        """S: tokens a row can hold."""
+        return self.layers[0].shape[3]
+
+
+def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype | type) -> KVCache:
+    """An empty cache, zeroed: attention multiplies masked entries by zero, so none may be NaN."""
+    shape = (batch, 2, config.num_key_value_heads, capacity, config.head_dim)
+    return KVCache(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)))
+
+
+def cache_bytes(config: LlamaConfig, dtype: jnp.dtype | type) -> int:
+    """Bytes one token of one row takes in the cache, all layers."""
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return per_layer * config.num_hidden_layers
+
+
+def grow_cache(cache: KVCache, capacity: int) -> KVCache:
+    """The same contents with room for `capacity` tokens a row."""
+    extra = [(0, 0), (0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
+    return KVCache(tuple(jnp.pad(layer, extra) for layer in cache.layers))
+
+
+def write(
+    layer: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> jax.Array:
+    """Put `keys` and `values` `[B, T, K, H]` at `positions [B, T]` of `rows [B]` of one layer.
+
+    A position or row out of range is dropped: that is how padding is written nowhere. Scales
+    (float32, broadcastable to `[K, 1]`) divide before the cast where the cache is float8.
+    """
+    if layer.dtype == jnp.float8_e4m3fn:
+        keys = to_float8(keys.astype(jnp.float32) / (1.0 if k_scale is None else k_scale))
+        values = to_float8(values.astype(jnp.float32) / (1.0 if v_scale is None else v_scale))
+    if rows is None:
+        rows = jnp.arange(layer.shape[0])
+    both = jnp.stack([keys, values], axis=2).astype(layer.dtype)  # [B, T, 2, K, H]
+    return layer.at[rows[:, None], :, :, positions].set(both, mode="drop")
+
+
+def attend(
+    queries: jax.Array,
+    entries: jax.Array,
+    positions: jax.Array,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention of `queries [B, T, N, H]` over `entries [B, 2, K, S, H]`: `[B, T, N, H]`.
+
+    The query at position p sees entries 0..p. Scores and softmax are float32. The scales of a
+    float8 cache are applied to scores and sums, so no widened copy of the cache is scaled.
+    """
+    batch, length, heads, head_dim = queries.shape
+    kv_heads, capacity = entries.shape[2:4]
+    grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    entries = entries.astype(queries.dtype)
+    keys, values = entries[:, 0], entries[:, 1]
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = scores * head_dim**-0.5
+    if k_scale is not None:
+        scores = scores * k_scale[..., None, None]
+    visible = jnp.arange(capacity) <= positions[:, :, None]  # [B, T, S]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, values, preferred_element_type=jnp.float32)
+    if v_scale is not None:
+        out = out * v_scale[:, None]
+    return out.reshape(batch, length, heads, head_dim).astype(queries.dtype)
