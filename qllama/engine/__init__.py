@@ -1,0 +1,1 @@
+"""Generating text: sampling on the device, stop conditions, incremental detokenizing."""
