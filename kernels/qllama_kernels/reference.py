@@ -67,11 +67,12 @@ def dequantize(
         g_idx: int32 `[K]`, the group of each column where groups are not consecutive
             (GPTQ's activation order); None: column k belongs to group `k // group_size`.
     """
+    n = codes.shape[0]
     values = code_values(codes, k, weight_dtype).astype(jnp.float32)
 
     def per_weight(grid: jax.Array) -> jax.Array:
         grid = grid.astype(jnp.float32)
-        return grid[:, g_idx] if g_idx is not None else expand(grid, values.shape, group_size)
+        return grid[:, g_idx] if g_idx is not None else expand(grid, (n, k), group_size)
 
     if zeros is not None:
         values = values - per_weight(zeros)

@@ -4,6 +4,7 @@ Legend: B rows, T tokens, D hidden_size, N heads, K key-value heads, H head_dim,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,16 +137,16 @@ class Llama(nnx.Module):
         self.norm = norm
         self.lm_head = lm_head
 
-    def __call__(
+    def __call__[C: (KVCache, None)](
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        cache: KVCache | None = None,
+        cache: C = None,  # type: ignore[assignment]  # mypy: no default for a constrained C
         *,
         rows: jax.Array | None = None,
         lengths: jax.Array | None = None,
         context: int | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, C]:
         """Final hidden states `[B, T, D]`, normed, and the updated cache.
 
         Args:
@@ -158,9 +159,9 @@ class Llama(nnx.Module):
         """
         rope = rotary_embedding(self.config, positions, lengths)
         x = self.embed_tokens[...][tokens]
-        written = []
+        written: list[Any] = []
         for i, decoder in enumerate(self.layers):
-            layer = None if cache is None else cache.layers[i]
+            layer: Any = None if cache is None else cache.layers[i]
             x, layer = decoder(x, rope, positions, layer, rows, context)
             written.append(layer)
         return self.norm(x), None if cache is None else KVCache(tuple(written))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from qllama_kernels import reference
 
 from qllama.quantization.scheme import QuantScheme
 
-Array = jax.Array | np.ndarray
+Array = Any  # np.ndarray on the host, jax.Array on a device
 
 _CODE_DTYPE = {"int4": "uint8", "float4_e2m1fn": "uint8", "int8": "int8"}
 

@@ -1,0 +1,119 @@
+"""Continuous batching over a fixed set of cache rows: who runs next, and in what shape.
+
+Prefill and decode are separate dispatches. Waiting requests are prefilled into free rows as soon
+as there are any; then all rows decode together, several steps a dispatch.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from qllama.engine.buckets import bucket
+from qllama.engine.request import Burst, Request
+from qllama.engine.runner import Features, Runner
+
+SMALLEST_CHUNK = 16  # tokens: shorter prompts are padded to this
+SMALLEST_CAPACITY = 128
+
+
+class Engine:
+    """Runs requests on one `Runner`. Not thread-safe: one `run` at a time."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_cache_tokens: int,
+    ) -> None:
+        """
+        Args:
+            runner: the model and its compiled programs.
+            max_model_len: tokens of the longest sequence, prompt and output.
+            max_num_seqs: sequences decoded together at most.
+            max_num_batched_tokens: tokens of one prefill dispatch at most.
+            max_cache_tokens: rows x capacity of the key-value cache at most; at least
+                `max_model_len`.
+        """
+        self.runner = runner
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_cache_tokens = max_cache_tokens
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Request]:
+        """Yield each request whenever it has new tokens, until all have finished.
+
+        Abandoning the iterator abandons the requests.
+        """
+        waiting = deque(requests)
+        runner = self.runner
+        runner.reset(self._row_count(requests), Features.of(requests))
+        while waiting or any(runner.rows):
+            rows = self._admit(waiting)
+            if rows:
+                yield from self._prefill(rows)
+            else:
+                self._reserve(ahead=runner.steps)
+                yield from self._deliver(runner.decode())
+
+    def _row_count(self, requests: Sequence[Request]) -> int:
+        """As many rows as there is memory for, should all grow as long as the longest may."""
+        longest = max(request.total_tokens for request in requests)
+        room = self.max_cache_tokens // self._capacity(longest)
+        count = bucket(min(len(requests), self.max_num_seqs), largest=self.max_num_seqs)
+        while count > max(room, 1):
+            count //= 2
+        return max(count, 1)
+
+    def _admit(self, waiting: deque[Request]) -> dict[int, Request]:
+        """Give free rows to the first of `waiting` whose prompts fit one dispatch together."""
+        free = [row for row, request in enumerate(self.runner.rows) if request is None]
+        admitted: dict[int, Request] = {}
+        while waiting and free:
+            group = [*admitted.values(), waiting[0]]
+            if admitted and bucket(len(group)) * self._chunk(group) > self.max_num_batched_tokens:
+                break
+            admitted[free.pop(0)] = waiting.popleft()
+        if admitted:
+            for request in admitted.values():
+                request.scheduled = time.monotonic()
+            self.runner.admit(admitted)
+        return admitted
+
+    def _chunk(self, requests: Iterable[Request]) -> int:
+        """Tokens to read at once of each of these prompts."""
+        longest = max(len(request.prompt) for request in requests)
+        return bucket(longest, SMALLEST_CHUNK, largest=self.max_num_batched_tokens)
+
+    def _prefill(self, admitted: dict[int, Request]) -> Iterator[Request]:
+        chunk = self._chunk(admitted.values())
+        self._reserve()
+        longest = max(len(request.prompt) for request in admitted.values())
+        for start in range(0, longest, chunk):
+            rows = [row for row, request in admitted.items() if len(request.prompt) > start]
+            yield from self._deliver(self.runner.prefill(rows, start, chunk))
+
+    def _reserve(self, ahead: int = 0) -> None:
+        """Room in the cache for every text and `ahead` tokens more, as far as it may go on."""
+        needs = [
+            min(len(request.prompt) + len(request.output) + ahead, request.total_tokens)
+            for request in self.runner.rows
+            if request is not None
+        ]
+        self.runner.reserve(self._capacity(max(needs)))
+
+    def _capacity(self, tokens: int) -> int:
+        return bucket(tokens, SMALLEST_CAPACITY, largest=self.max_model_len)
+
+    def _deliver(self, bursts: Iterable[tuple[int, Burst]]) -> Iterator[Request]:
+        """Hand each request what it got, and free the rows of those that ended."""
+        for row, burst in bursts:
+            request = self.runner.rows[row]
+            assert request is not None
+            request.receive(burst)
+            if request.finish_reason is not None:
+                self.runner.release(row, clear=request.finish_reason == "error")
+            yield request
