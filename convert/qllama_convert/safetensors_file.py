@@ -1,4 +1,4 @@
-"""The safetensors container: a strict reader over a mapped file, and the header for a writer.
+"""The safetensors container: a strict reader over a mapped file, and a streaming writer.
 
 Eight bytes of little-endian header length, a JSON header that gives each tensor's dtype, shape
 and byte range, then the data, little-endian and row-major, without gaps. The library's own numpy
@@ -8,9 +8,11 @@ reader cannot return `F8_E4M3`, hence this one. Opening reads the header only.
 import json
 import math
 import mmap
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +49,7 @@ _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | _SUB_BYTE
 
 _MAX_HEADER = 100_000_000  # bytes, the library's own limit
 _MAX_RANK = 64  # numpy's own limit
+_COPY_BYTES = 1 << 24
 
 
 class TensorEntry(NamedTuple):
@@ -104,14 +107,58 @@ class SafetensorsFile:
         self._data = None
 
 
-def encode_header(tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]
+) -> dict[str, TensorEntry]:
+    """Write a new file and flush it to the disk, holding one tensor in memory at a time.
+
+    The header comes first but is known last, so the data goes through a temporary file beside
+    `path`. In the file the widest dtypes come first, which aligns every tensor, then names.
+
+    Returns:
+        What the header says of each tensor.
+
+    Raises:
+        ValueError: a name comes twice, or the format has no code for a dtype.
+        OSError: as writing does; `path` may then be there in part.
+    """
+    spooled: dict[str, TensorEntry] = {}
+    with tempfile.TemporaryFile(dir=path.parent) as spool, open(path, "xb") as file:
+        for name, array in tensors:
+            if name in spooled or name == "__metadata__":
+                raise ValueError(f"{path.name}: tensor name {name} is taken")
+            if array.dtype not in CODES:
+                raise ValueError(f"tensor {name} has dtype {array.dtype}, unknown to safetensors")
+            start = spool.tell()
+            spool.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            spooled[name] = TensorEntry(CODES[array.dtype], array.shape, start, spool.tell())
+        entries: dict[str, TensorEntry] = {}
+        end = 0
+        for name in sorted(spooled, key=lambda name: (-_BITS[spooled[name].dtype], name)):
+            start, end = end, end + spooled[name].stop - spooled[name].start
+            entries[name] = spooled[name]._replace(start=start, stop=end)
+        file.write(_encode_header(entries, metadata))
+        for name, entry in entries.items():
+            spool.seek(spooled[name].start)
+            _copy(spool, file, entry.stop - entry.start)
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def _encode_header(tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """The bytes before the data of a file: length and header, padded to a multiple of eight."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, (dtype, shape, start, stop) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
+    for start in range(0, count, _COPY_BYTES):
+        target.write(source.read(min(_COPY_BYTES, count - start)))
 
 
 def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
