@@ -1,0 +1,76 @@
+"""What a Hugging Face Llama checkpoint calls its tensors, and the shapes they must have.
+
+A tensor's name is the path of its module, a dot, and a suffix: `model.norm` + `.` + `weight`.
+"""
+
+from qllama.config import LlamaConfig
+
+EMBED_TOKENS = "model.embed_tokens"
+LM_HEAD = "lm_head"
+
+# Buffers of rotary embedding in old exports: computed from the config, never loaded.
+_ROTARY_BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The module path and the suffix of a tensor name."""
+    module, _, suffix = name.rpartition(".")
+    return module, suffix
+
+
+def layer_path(layer: int) -> str:
+    """The path of one decoder layer, such as `model.layers.0`."""
+    return f"model.layers.{layer}"
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Path -> (out_features, in_features) of every Linear, in the order they run, `lm_head` last.
+
+    `lm_head` is there also with tied embeddings, where the checkpoint may leave it out.
+    """
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    in_layer = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    shapes = {
+        f"{layer_path(layer)}.{name}": shape
+        for layer in range(config.num_hidden_layers)
+        for name, shape in in_layer.items()
+    }
+    return shapes | {LM_HEAD: (config.vocab_size, hidden)}
+
+
+def has_bias(config: LlamaConfig, path: str) -> bool:
+    """Whether the Linear at `path` has a bias."""
+    if ".self_attn." in path:
+        return config.attention_bias
+    return ".mlp." in path and config.mlp_bias
+
+
+def norm_shapes(config: LlamaConfig) -> dict[str, tuple[int]]:
+    """Path -> shape of the weight of every RMSNorm, in the order they run."""
+    paths = [
+        f"{layer_path(layer)}.{name}"
+        for layer in range(config.num_hidden_layers)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    ]
+    return dict.fromkeys([*paths, "model.norm"], (config.hidden_size,))
+
+
+def embedding_shape(config: LlamaConfig) -> tuple[int, int]:
+    """Shape of `model.embed_tokens.weight`."""
+    return config.vocab_size, config.hidden_size
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor is computed from the config, so that a loader drops it without a word."""
+    module, suffix = split_name(name)
+    return split_name(module)[1] == "rotary_emb" and suffix in _ROTARY_BUFFERS

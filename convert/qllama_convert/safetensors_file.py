@@ -1,0 +1,234 @@
+"""The safetensors container: a strict reader over a mapped file, and a streaming writer.
+
+Eight bytes of little-endian header length, a JSON header that gives each tensor's dtype, shape
+and byte range, then the data, little-endian and row-major, without gaps. The library's own numpy
+reader cannot return `F8_E4M3`, hence this one. Opening reads the header only.
+"""
+
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from qllama.errors import CheckpointError
+from qllama_convert.files import open_file, parse_json
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "F32": np.dtype(np.float32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+}
+CODES: dict[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+
+# Packed below a byte, which no numpy dtype can view: their sizes are checked, values never read.
+_SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | _SUB_BYTE_BITS
+
+_MAX_HEADER = 100_000_000  # bytes, the library's own limit
+_MAX_RANK = 64  # numpy's own limit
+_COPY_BYTES = 1 << 24
+
+
+class TensorEntry(NamedTuple):
+    """Where one tensor lies; `start` and `stop` are bytes from the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """One file, mapped: `tensors` and `metadata` are parsed and checked, no data has been read.
+
+    Raises:
+        CheckpointError: the file cannot be opened or its header is not what the format allows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open_file(path) as file:
+            try:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: cannot be mapped: {error}") from error
+        try:
+            header, data_start = _read_header(mapped)
+            self.metadata = _parse_metadata(header.pop("__metadata__", {}))
+            self.tensors = {name: _parse_entry(name, entry) for name, entry in header.items()}
+            _check_layout(self.tensors, len(mapped) - data_start)
+        except ValueError as error:
+            mapped.close()
+            raise CheckpointError(f"{path}: corrupt safetensors file: {error}") from error
+        self._data: np.ndarray | None = np.frombuffer(mapped, np.uint8)[data_start:]
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of the tensor in the mapped file; it stays valid after `close`.
+
+        Raises:
+            CheckpointError: the dtype is narrower than a byte.
+            ValueError: the file is closed.
+        """
+        if self._data is None:
+            raise ValueError(f"{self.path} is closed")
+        dtype, shape, start, stop = self.tensors[name]
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has dtype {dtype}, which cannot be read; "
+                f"readable are {', '.join(DTYPES)}"
+            )
+        return self._data[start:stop].view(DTYPES[dtype]).reshape(shape)
+
+    def close(self) -> None:
+        """Let go of the file; it is unmapped when the last view of it is gone."""
+        self._data = None
+
+
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]
+) -> dict[str, TensorEntry]:
+    """Write a new file and flush it to the disk, holding one tensor in memory at a time.
+
+    The header comes first but is known last, so the data goes through a temporary file beside
+    `path`. In the file the widest dtypes come first, which aligns every tensor, then names.
+
+    Returns:
+        What the header says of each tensor.
+
+    Raises:
+        ValueError: a name comes twice, or the format has no code for a dtype.
+        OSError: as writing does; `path` may then be there in part.
+    """
+    spooled: dict[str, TensorEntry] = {}
+    with tempfile.TemporaryFile(dir=path.parent) as spool, open(path, "xb") as file:
+        for name, array in tensors:
+            if name in spooled or name == "__metadata__":
+                raise ValueError(f"{path.name}: tensor name {name} is taken")
+            if array.dtype not in CODES:
+                raise ValueError(f"tensor {name} has dtype {array.dtype}, unknown to safetensors")
+            start = spool.tell()
+            spool.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            spooled[name] = TensorEntry(CODES[array.dtype], array.shape, start, spool.tell())
+        entries: dict[str, TensorEntry] = {}
+        end = 0
+        for name in sorted(spooled, key=lambda name: (-_BITS[spooled[name].dtype], name)):
+            start, end = end, end + spooled[name].stop - spooled[name].start
+            entries[name] = spooled[name]._replace(start=start, stop=end)
+        file.write(_encode_header(entries, metadata))
+        for name, entry in entries.items():
+            spool.seek(spooled[name].start)
+            _copy(spool, file, entry.stop - entry.start)
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def _encode_header(tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the data of a file: length and header, padded to a multiple of eight."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, (dtype, shape, start, stop) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
+    for start in range(0, count, _COPY_BYTES):
+        target.write(source.read(min(_COPY_BYTES, count - start)))
+
+
+def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
+    """The header, and where the data begins. Raises ValueError."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER):
+        raise ValueError(
+            f"its first bytes announce a header of {length} bytes, the file has {len(data)} and "
+            f"at most {_MAX_HEADER} are allowed; it is no safetensors file, or its download broke"
+        )
+    text = data[8 : 8 + length]
+    if not text.startswith(b"{"):
+        raise ValueError("the header does not begin with '{'")
+    try:
+        return parse_json(text), 8 + length
+    except ValueError as error:
+        raise ValueError(f"the header {error}") from error
+
+
+def _parse_metadata(metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ must map strings to strings")
+    return metadata
+
+
+def _parse_entry(name: str, entry: object) -> TensorEntry:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name} must have dtype, shape and data_offsets, no more")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(
+            f"tensor {name} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}"
+        )
+    if not _is_sizes(shape) or len(shape) > _MAX_RANK:
+        raise ValueError(f"tensor {name} has shape {_short(shape)}, expected a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(
+            f"tensor {name} has data_offsets {_short(offsets)}, expected [start, stop]"
+        )
+    bits = math.prod(shape) * _BITS[dtype]
+    start, stop = offsets
+    if bits != 8 * (stop - start):
+        raise ValueError(
+            f"tensor {name} is {dtype} {_short(shape)}, which takes {_short(bits)} bits, but its "
+            f"data_offsets span {8 * (stop - start)}"
+        )
+    return TensorEntry(dtype, tuple(shape), start, stop)
+
+
+def _is_sizes(value: object) -> bool:
+    """Whether it is a list of integers that fit numpy and the library: 0 <= i < 2^63."""
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < 2**63 for i in value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_layout(tensors: Mapping[str, TensorEntry], size: int) -> None:
+    """Raise ValueError unless the tensors cover `size` bytes of data, each byte once."""
+    end = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            what = "overlaps the tensor before it" if entry.start < end else "leaves a gap"
+            raise ValueError(f"tensor {name} starts at byte {entry.start}, not {end}: it {what}")
+        end = entry.stop
+    if end > size:
+        raise ValueError(
+            f"it is cut short: the tensors take {end} bytes, {size} are there; download it again"
+        )
+    if end < size:
+        raise ValueError(f"the tensors end at byte {end}, but {size - end} more bytes follow")
