@@ -71,7 +71,7 @@ def dequantize(
 
     def per_weight(grid: jax.Array) -> jax.Array:
         grid = grid.astype(jnp.float32)
-        return grid[:, g_idx] if g_idx is not None else expand(grid, values.shape, group_size)
+        return grid[:, g_idx] if g_idx is not None else expand(grid, (len(codes), k), group_size)
 
     if zeros is not None:
         values = values - per_weight(zeros)
