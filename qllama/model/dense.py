@@ -13,7 +13,7 @@ from qllama_kernels.reference import dequantize_input
 from qllama_kernels.xla import dot
 
 from qllama.quantization.activations import Semantics, quantize_activations
-from qllama.quantization.qtensor import QTensor
+from qllama.quantization.qtensor import Array, QTensor
 from qllama.quantization.scheme import ActivationScheme
 
 
@@ -60,7 +60,7 @@ class QuantDense(nnx.Module):
         return self.weight.get_value().shape[0]
 
     def __call__(self, x: jax.Array, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
-        weight: QTensor = self.weight.get_value()
+        weight = self.weight.get_value()
         out_dtype = out_dtype or x.dtype
         input_scale = input_zero = None
         if weight.scheme.activations is not None:
@@ -100,8 +100,8 @@ class DequantizedDense(Dense):
         bias: jax.Array | None = None,
         *,
         activations: ActivationScheme,
-        input_scale: jax.Array | None = None,
-        input_zero: jax.Array | None = None,
+        input_scale: Array | None = None,
+        input_zero: Array | None = None,
         semantics: Semantics = "vllm",
     ) -> None:
         super().__init__(weight, bias)

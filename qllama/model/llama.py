@@ -163,7 +163,8 @@ class Llama(nnx.Module):
         for i, decoder in enumerate(self.layers):
             layer: Any = None if cache is None else cache.layers[i]
             x, layer = decoder(x, rope, positions, layer, rows, context)
-            written.append(layer)
+            if layer is not None:
+                written.append(layer)
         return self.norm(x), None if cache is None else KVCache(tuple(written))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
