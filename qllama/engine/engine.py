@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+
 from qllama.engine.buckets import bucket
 from qllama.engine.request import Burst, Request
 from qllama.engine.runner import Features, Runner
@@ -58,6 +60,11 @@ class Engine:
             else:
                 self._reserve(ahead=runner.steps)
                 yield from self._deliver(runner.decode())
+
+    def score(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 logits `[T, V]` of every position of one text, int32 `[T]`."""
+        chunk = bucket(len(tokens), SMALLEST_CHUNK, largest=self.max_num_batched_tokens)
+        return self.runner.score(tokens, chunk)
 
     def _row_count(self, requests: Sequence[Request]) -> int:
         """As many rows as there is memory for, should all grow as long as the longest may."""

@@ -1,0 +1,65 @@
+"""The devices of this process: set up once, before JAX starts, and how much memory they have."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+# What XLA's compiled programs may take for themselves while they run.
+WORKSPACE = 1 << 30
+
+
+def set_up_devices(gpu_memory_utilization: float) -> None:
+    """Prepare JAX: how much GPU memory it takes, and where compiled programs are kept.
+
+    The memory share has an effect only before JAX touches a device. Settings the user has made
+    (environment or `jax.config`) are left alone.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_utilization))
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "qllama" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def compute_dtype(requested: str, stored: str) -> jnp.dtype:
+    """The dtype to compute in: "auto" is the checkpoint's on a GPU and float32 on a CPU.
+
+    XLA multiplies bfloat16 matrices by vectors 30 times slower than float32 ones on a CPU.
+    """
+    if requested == "auto":
+        requested = stored if jax.default_backend() == "gpu" else "float32"
+    return jnp.dtype(requested)
+
+
+def free_memory() -> int:
+    """Bytes that a key-value cache may take, the weights being in place.
+
+    On a GPU: what JAX may allocate and has not, less a workspace. On a CPU: half of what the
+    system calls available, since other programs live there too.
+    """
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"] - WORKSPACE
+    return _available_host_memory() // 2
+
+
+def peak_memory() -> int:
+    """The most bytes this process has had in use: on the GPU, or resident on the host."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _available_host_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

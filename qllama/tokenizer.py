@@ -1,0 +1,74 @@
+"""The tokenizer of a checkpoint, and how prompts and conversations become token ids."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qllama.errors import CheckpointError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def load_tokenizer(folder: str | Path) -> Any | None:
+    """The transformers tokenizer in `folder`; None where it has none. Contacts no hub.
+
+    Raises:
+        CheckpointError: its files are there but cannot be used.
+    """
+    folder = Path(folder)
+    if not any(os.path.lexists(folder / name) for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises whatever a malformed file makes it stumble on
+        raise CheckpointError(
+            f"{folder}: the tokenizer files cannot be used ({type(error).__name__}: {error}); "
+            "download them again, or pass tokenizer="
+        ) from error
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt, with what the tokenizer puts around one: BOS, for Llama 3.
+
+    A text that begins with the BOS token's own text gets no second one.
+    """
+    bos = tokenizer.bos_token
+    begins = bool(bos) and text.startswith(bos)
+    return tokenizer.encode(text, add_special_tokens=not begins)
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+) -> list[int]:
+    """Token ids of a conversation, rendered by the checkpoint's chat template.
+
+    Args:
+        tokenizer: of the checkpoint.
+        messages: `{"role": ..., "content": ...}`, oldest first.
+        add_generation_prompt: end with the header of the assistant's turn.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses these messages.
+    """
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f'a message must be {{"role": ..., "content": ...}}, got {message!r}'
+            )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template; use generate() with a prompt in the model's own "
+            "format, or a checkpoint with chat_template.jinja"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template cannot render these messages: {error}") from error
+    return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
