@@ -1,0 +1,154 @@
+"""What stands beside the codes: scales, zero points, group indices, input scales."""
+
+import numpy as np
+
+from qllama.quantization.qtensor import QTensor
+from qllama.quantization.scheme import QuantScheme
+from qllama_convert.formats import LinearSpec
+from qllama_convert.module_tensors import FLOATS, ModuleTensors
+
+_SCALAR_SHAPES = ((), (1,), (1, 1))
+_EXPONENTS = ("F8_E8M0", "U8")
+
+
+def check_columns_divide(
+    tensors: ModuleTensors, shape: tuple[int, int], scheme: QuantScheme
+) -> None:
+    """Raise unless the groups of weights, and those of activations, divide K evenly."""
+    k = shape[1]
+    activations = scheme.activations
+    for what, size in (
+        ("weights", scheme.group_size),
+        ("activations", activations.group_size if activations else None),
+    ):
+        if size and k % size:
+            raise tensors.error(
+                f"K={k} is not divisible by the group size {size} of the {what}; "
+                "requantize with a group size that divides it"
+            )
+
+
+def read_scales(
+    tensors: ModuleTensors,
+    suffix: str,
+    shape: tuple[int, int],
+    scheme: QuantScheme,
+    dtypes: tuple[str, ...] = FLOATS,
+) -> np.ndarray:
+    """One number per block of the weight `[N, K]`, as the 2-D grid of a `QTensor`.
+
+    Accepts what exporters write: `[]`, `[1]` or `[1, 1]` per tensor, `[N]` or `[N, 1]` per channel,
+    else exactly `scheme.scale_shape(shape)`. Dtypes "F8_E8M0" and "U8" are exponents: `2^(e-127)`.
+    """
+    grid = scheme.scale_shape(shape)
+    found = tuple(tensors.info(suffix).shape)
+    expected = {"tensor": _SCALAR_SHAPES, "channel": (grid, grid[:1])}.get(scheme.strategy, (grid,))
+    if found not in expected:
+        text = " or ".join(str(list(spelling)) for spelling in expected)
+        if scheme.strategy == "group":
+            text += f" ({grid[1]} groups of {scheme.group_size} along K={shape[1]})"
+        raise tensors.wrong_shape(suffix, text)
+    stored = tensors.read(suffix, dtypes=dtypes)
+    if tensors.info(suffix).dtype in _EXPONENTS:
+        stored = _powers_of_two(tensors, suffix, stored)
+    return stored.reshape(grid)
+
+
+def _powers_of_two(tensors: ModuleTensors, suffix: str, stored: np.ndarray) -> np.ndarray:
+    exponents = stored.view(np.uint8)
+    bad = exponents == 255
+    if bad.any():
+        first = [int(i) for i in np.argwhere(bad)[0]]
+        raise tensors.error(
+            f"tensor {suffix} has {int(bad.sum())} NaN exponents (255), the first at {first}",
+            suffix,
+        )
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+
+
+def read_scalar(tensors: ModuleTensors, suffix: str, dtypes: tuple[str, ...]) -> np.ndarray:
+    """A tensor with one element, stored as `[]`, `[1]` or `[1, 1]`, as `[]`."""
+    if tuple(tensors.info(suffix).shape) not in _SCALAR_SHAPES:
+        raise tensors.wrong_shape(suffix, "a single value, [] or [1]")
+    return tensors.read(suffix, dtypes=dtypes).reshape(())
+
+
+def read_static_input(
+    tensors: ModuleTensors, scheme: QuantScheme, scale: str, zero: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`input_scale` (float32 `[]`) and `input_zero` (int8 `[]`) of a `QTensor`, where calibrated.
+
+    A stored zero point of 0 beside symmetric activations is accepted and left out.
+    """
+    activations = scheme.activations
+    if activations is None or activations.dynamic:
+        return None, None
+    input_scale = read_scalar(tensors, scale, FLOATS).astype(np.float32)
+    if activations.dtype != "int8":
+        return input_scale, None
+    if activations.symmetric:
+        if zero in tensors and read_scalar(tensors, zero, ("I8",)).any():
+            raise tensors.error(
+                f"tensor {zero} is not zero, but the config says symmetric activations", zero
+            )
+        return input_scale, None
+    return input_scale, read_scalar(tensors, zero, ("I8",))
+
+
+def write_static_input(weight: QTensor) -> dict[str, np.ndarray]:
+    """The inverse of `read_static_input`, `[1]` each, in the dtype of the weight's scales."""
+    arrays: dict[str, np.ndarray] = {}
+    if weight.input_scale is not None:
+        scale = np.asarray(weight.input_scale).reshape(1)
+        narrow = scale.astype(weight.scales.dtype)
+        exact = np.array_equal(narrow.astype(np.float32), scale)
+        arrays["input_scale"] = narrow if exact else scale
+    if weight.input_zero is not None:
+        arrays["input_zero_point"] = np.asarray(weight.input_zero).reshape(1)
+    return arrays
+
+
+def read_g_idx(
+    tensors: ModuleTensors, suffix: str, shape: tuple[int, int], spec: LinearSpec
+) -> np.ndarray | None:
+    """The group of every column, int32 `[K]`; None when it is simply `k // group_size`.
+
+    Raises:
+        CheckpointError: missing although the config says activation order; a group that does
+            not exist; more columns in a group than its size.
+    """
+    if suffix not in tensors and not spec.act_order:
+        return None
+    _, k = shape
+    g_idx = tensors.read(suffix, dtypes=("I32",), shape=(k,))
+    groups, size = spec.scheme.scale_shape(shape)[1], spec.scheme.scale_block(shape)[1]
+    outside = (g_idx < 0) | (g_idx >= groups)
+    if outside.any():
+        first = int(outside.argmax())
+        raise tensors.error(
+            f"tensor {suffix} puts column {first} in group {g_idx[first]}, but there are "
+            f"{groups} groups",
+            suffix,
+        )
+    largest = int(np.bincount(g_idx).max())
+    if largest > size:
+        raise tensors.error(
+            f"tensor {suffix} puts {largest} columns in one group of at most {size}", suffix
+        )
+    if np.array_equal(g_idx, np.arange(k) // size):
+        return None
+    if not spec.act_order:
+        tensors.checkpoint.warn(
+            f"{suffix} reorders columns although the config says no activation order; it is used"
+        )
+    return g_idx
+
+
+def refuse_nan(tensors: ModuleTensors, suffix: str, codes: np.ndarray) -> None:
+    """Raise if float8_e4m3fn codes contain NaN, which no quantizer means."""
+    bad = (codes.view(np.uint8) & np.uint8(0x7F)) == 0x7F
+    if bad.any():
+        first = [int(i) for i in np.argwhere(bad)[0]]
+        raise tensors.error(
+            f"tensor {suffix} has {int(bad.sum())} NaN values, the first at {first}", suffix
+        )

@@ -1,0 +1,114 @@
+"""Reading one Linear of a checkpoint, whatever its format, and checking what came out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qllama.quantization.qtensor import QTensor
+from qllama_convert.checkpoint import Checkpoint
+from qllama_convert.formats import (
+    LinearSpec,
+    awq,
+    fbgemm_fp8,
+    fp8,
+    gptq,
+    mxfp4_pack_quantized,
+    naive_quantized,
+    nvfp4_pack_quantized,
+    pack_quantized,
+    plain,
+)
+from qllama_convert.kv_cache import SUFFIXES_IN_LINEARS
+from qllama_convert.module_tensors import FLOATS, ModuleTensors
+from qllama_convert.quantization_config import Quantization
+
+_READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTensor]] = {
+    "gptq": gptq.read,
+    "awq": awq.read,
+    "fp8": fp8.read,
+    "fbgemm_fp8": fbgemm_fp8.read,
+    "pack-quantized": pack_quantized.read,
+    "int-quantized": naive_quantized.read,
+    "float-quantized": naive_quantized.read,
+    "naive-quantized": naive_quantized.read,
+    "nvfp4-pack-quantized": nvfp4_pack_quantized.read,
+    "mxfp4-pack-quantized": mxfp4_pack_quantized.read,
+}
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """The weights of one Linear, on the host."""
+
+    weight: np.ndarray | QTensor  # float [N, K] as stored, or quantized and validated
+    bias: np.ndarray | None  # [N], float as stored
+
+
+def read_linear(
+    checkpoint: Checkpoint, quantization: Quantization | None, path: str, shape: tuple[int, int]
+) -> LinearWeights:
+    """Read the Linear at module `path` with weight `[N, K] = shape`.
+
+    Where the stored bytes are what a `QTensor` holds, they stay views on the file.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of the wrong dtype or shape, holds values
+            that no quantizer writes, or contradicts the config.
+    """
+    tensors = ModuleTensors(checkpoint, path)
+    spec = quantization.linear(path) if quantization else None
+    weight: np.ndarray | QTensor
+    if spec is None:
+        weight = plain.read(tensors, shape)
+    else:
+        _refuse_float_weight(tensors)
+        weight = _READERS[spec.format](tensors, shape, spec)
+        _check(tensors, weight)
+    bias = tensors.read_floats("bias", shape[:1]) if "bias" in tensors else None
+    of_kv_cache = SUFFIXES_IN_LINEARS if path.endswith((".k_proj", ".v_proj")) else frozenset()
+    tensors.refuse_unread(but=of_kv_cache)
+    return LinearWeights(weight, bias)
+
+
+def _refuse_float_weight(tensors: ModuleTensors) -> None:
+    if "weight" not in tensors:
+        return
+    packed = [suffix for suffix in ("qweight", "weight_packed") if suffix in tensors]
+    if packed:
+        raise tensors.error(f"has both weight and {packed[0]}; which one counts is unclear")
+    dtype = tensors.info("weight").dtype
+    if dtype not in FLOATS:
+        return
+    scales = [suffix for suffix in tensors.suffixes if "scale" in suffix]
+    if scales:
+        raise tensors.error(
+            f"weight is {dtype} beside {', '.join(sorted(scales))}: this is not a compressed "
+            "checkpoint but a simulation of one; save it compressed",
+            "weight",
+        )
+    raise tensors.error(
+        f"the config selects this Linear for quantization, but it has only a {dtype} weight; "
+        "list it among the ignored modules if that is meant",
+        "weight",
+    )
+
+
+def _check(tensors: ModuleTensors, weight: QTensor) -> None:
+    try:
+        weight.validate()
+    except ValueError as error:
+        raise tensors.error(str(error)) from error
+    scales = np.asarray(weight.scales)
+    empty = scales == 0
+    if not empty.any():
+        return
+    # With a scale of 1 where it is 0, and of 0 elsewhere, codes other than the zero point remain.
+    lost = np.asarray(replace(weight, scales=empty.astype(np.float32)).dequantize()) != 0
+    if lost.any():
+        first = [int(i) for i in np.argwhere(lost)[0]]
+        raise tensors.error(
+            f"{int(empty.sum())} of {scales.size} scales are zero and lose the codes they belong "
+            f"to, the first at {first}"
+        )
+    tensors.warn(f"{int(empty.sum())} of {scales.size} scales are zero; their weights are zero too")

@@ -1,0 +1,111 @@
+"""The tensors of one module of a checkpoint, read under their rules or refused with their name."""
+
+import numpy as np
+
+from qllama.errors import CheckpointError
+from qllama_convert.checkpoint import Checkpoint, TensorInfo
+
+FLOATS = ("BF16", "F16", "F32")
+"""Dtypes of unquantized weights, of biases and of scales."""
+
+# The exponent bits of each float type: all set means infinity or NaN.
+_EXPONENT = {"BF16": ("u2", 0x7F80), "F16": ("u2", 0x7C00), "F32": ("u4", 0x7F800000)}
+_CHUNK = 1 << 20
+
+
+class ModuleTensors:
+    """What a checkpoint stores directly under one module path, such as "lm_head".
+
+    Args:
+        checkpoint: an open checkpoint.
+        path: module path as in tensor names, without the final dot.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, path: str) -> None:
+        self.checkpoint = checkpoint
+        self.path = path
+        start = len(path) + 1
+        self.suffixes: frozenset[str] = frozenset(
+            name[start:]
+            for name in checkpoint.tensors
+            if name.startswith(f"{path}.") and "." not in name[start:]
+        )
+        self._accounted: set[str] = set()
+
+    def __contains__(self, suffix: str) -> bool:
+        return suffix in self.suffixes
+
+    def info(self, suffix: str) -> TensorInfo:
+        """Dtype, shape and file of a tensor; `CheckpointError` when it is missing."""
+        if suffix not in self.suffixes:
+            there = ", ".join(sorted(self.suffixes)) or "nothing"
+            raise self.error(f"tensor {suffix} is missing; the module has {there}")
+        return self.checkpoint.tensors[f"{self.path}.{suffix}"]
+
+    def read(
+        self, suffix: str, *, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """One tensor, as a view on its file.
+
+        Args:
+            suffix: name of the tensor without the module path.
+            dtypes: safetensors codes that are right here.
+            shape: the only right shape; None: the caller checks.
+
+        Raises:
+            CheckpointError: missing, another dtype, another shape.
+        """
+        info = self.info(suffix)
+        if info.dtype not in dtypes:
+            expected = " or ".join(dtypes)
+            raise self.error(f"tensor {suffix} has dtype {info.dtype}, expected {expected}", suffix)
+        if shape is not None and tuple(info.shape) != shape:
+            raise self.wrong_shape(suffix, str(list(shape)))
+        self._accounted.add(suffix)
+        return self.checkpoint.read(f"{self.path}.{suffix}")
+
+    def read_floats(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
+        """An unquantized tensor, BF16, F16 or F32 as stored, without infinity or NaN."""
+        array = self.read(suffix, dtypes=FLOATS, shape=shape)
+        unsigned, exponent = _EXPONENT[self.info(suffix).dtype]
+        flat = array.reshape(-1).view(unsigned)
+        mask = flat.dtype.type(exponent)
+        for start in range(0, flat.size, _CHUNK):
+            bad = (flat[start : start + _CHUNK] & mask) == mask
+            if bad.any():
+                first = [int(i) for i in np.unravel_index(start + int(bad.argmax()), shape)]
+                raise self.error(f"tensor {suffix} has an infinite or NaN value at {first}", suffix)
+        return array
+
+    def ignore(self, suffix: str) -> None:
+        """Account for a tensor that is known and not needed; it may be absent."""
+        if suffix in self.suffixes:
+            self._accounted.add(suffix)
+            self.checkpoint.ignore(f"{self.path}.{suffix}")
+
+    def refuse_unread(self, but: frozenset[str] = frozenset()) -> None:
+        """Raise if the module has a tensor that was neither read nor ignored, `but` these."""
+        unread = sorted(self.suffixes - self._accounted - but)
+        if unread:
+            used = ", ".join(sorted(self._accounted))
+            raise self.error(
+                f"unexpected tensors {', '.join(unread)} beside {used}; the quantization config "
+                "and the weight files do not belong together",
+                unread[0],
+            )
+
+    def wrong_shape(self, suffix: str, expected: str) -> CheckpointError:
+        """An error about the shape of a tensor; `expected` in words."""
+        found = list(self.info(suffix).shape)
+        return self.error(f"tensor {suffix} has shape {found}, expected {expected}", suffix)
+
+    def error(self, message: str, suffix: str | None = None) -> CheckpointError:
+        """A `CheckpointError` that begins with the file (of tensor `suffix`) and the module."""
+        suffixes = [suffix] if suffix else sorted(self.suffixes)
+        files = {self.checkpoint.tensors[f"{self.path}.{name}"].file for name in suffixes}
+        where = ", ".join(sorted(files)) or self.checkpoint.folder.name
+        return CheckpointError(f"{where}: {self.path}: {message}")
+
+    def warn(self, message: str) -> None:
+        """Tell the user something about this module that is no error."""
+        self.checkpoint.warn(f"{self.path}: {message}")
