@@ -14,7 +14,11 @@ class Job:
     """One prompt and its n completions."""
 
     def __init__(
-        self, request_id: str, prompt: str | None, requests: Sequence[Request], tokenizer: Any | None
+        self,
+        request_id: str,
+        prompt: str | None,
+        requests: Sequence[Request],
+        tokenizer: Any | None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt

@@ -237,9 +237,7 @@ class LLM:
         """
         ids = self._check_ids(token_ids)
         if len(ids) > self.max_model_len:
-            raise ValueError(
-                f"{len(ids)} tokens are more than max_model_len={self.max_model_len}"
-            )
+            raise ValueError(f"{len(ids)} tokens are more than max_model_len={self.max_model_len}")
         return self._engine.score(ids)
 
     def close(self) -> None:
@@ -405,9 +403,7 @@ def _tokenizer(folder: Path, given: Any | None) -> Any | None:
 def _eos_token_ids(checkpoint: Checkpoint, config: LlamaConfig) -> tuple[int, ...]:
     """generation_config.json's, which for Llama 3 has the whole set, else config.json's."""
     generation = checkpoint.generation_config
-    ids = token_ids(
-        generation, "eos_token_id", config.vocab_size, file="generation_config.json"
-    )
+    ids = token_ids(generation, "eos_token_id", config.vocab_size, file="generation_config.json")
     return ids or config.eos_token_ids
 
 

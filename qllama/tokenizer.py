@@ -55,9 +55,7 @@ def encode_chat(
     """
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f'a message must be {{"role": ..., "content": ...}}, got {message!r}'
-            )
+            raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {message!r}')
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template; use generate() with a prompt in the model's own "

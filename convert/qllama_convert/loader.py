@@ -16,12 +16,20 @@ from qllama.model.llama import MLP, Attention, DecoderLayer, Llama, RMSNorm
 from qllama.quantization.activations import Semantics
 from qllama.quantization.qtensor import QTensor, stack_rows
 from qllama_convert.checkpoint import Checkpoint
-from qllama_convert.kv_scales import read_kv_scales
-from qllama_convert.linear import LinearWeights, ModuleTensors, read_linear
-from qllama_convert.names import linear_shapes
+from qllama_convert.files import first_few
+from qllama_convert.kv_cache import read_kv_scales
+from qllama_convert.linear import LinearWeights, read_linear
+from qllama_convert.module_tensors import ModuleTensors
+from qllama_convert.names import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    embedding_shape,
+    has_bias,
+    is_derived,
+    layer_path,
+    linear_shapes,
+)
 from qllama_convert.quantization_config import Quantization
-
-FLOATS = ("BF16", "F16", "F32")
 
 
 def load_model(
@@ -49,11 +57,10 @@ def load_model(
         CheckpointError: a tensor is missing, unexpected, of the wrong dtype or shape, not finite.
     """
     build = _Builder(checkpoint, config, quantization, dtype, backend, semantics)
-    vocabulary = (config.vocab_size, config.hidden_size)
-    embed_tokens = build.array("model.embed_tokens", vocabulary)
+    embed_tokens = build.array(EMBED_TOKENS, embedding_shape(config))
     layers = []
     for i in range(config.num_hidden_layers):
-        layers.append(build.decoder_layer(f"model.layers.{i}"))
+        layers.append(build.decoder_layer(layer_path(i)))
         on_layer(i + 1)
     norm = build.norm("model.norm")
     lm_head = build.lm_head(embed_tokens)
@@ -80,20 +87,24 @@ class _Builder:
         self.backend = backend
         self.semantics: Semantics = semantics
         self.shapes = linear_shapes(config)
-        self.finite: dict[str, jax.Array] = {}  # checked together at the end: no sync per tensor
 
     def decoder_layer(self, path: str) -> DecoderLayer:
         attn, mlp = f"{path}.self_attn", f"{path}.mlp"
-        k_scale, v_scale = read_kv_scales(
-            self.checkpoint, self.quantization, attn, self.config.num_key_value_heads
+        scheme = None if self.quantization is None else self.quantization.kv_cache
+        scales = read_kv_scales(self.checkpoint, attn, scheme, self.config.num_key_value_heads)
+        # [1, 1] or [K, 1]: broadcast over heads and head_dim.
+        k_scale, v_scale = (
+            (None, None)
+            if scales is None
+            else (jnp.asarray(scale.reshape(-1, 1)) for scale in scales)
         )
         return DecoderLayer(
             Attention(
                 self.config,
                 self.merged([f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj"]),
                 self.dense(f"{attn}.o_proj"),
-                None if k_scale is None else jnp.asarray(k_scale),
-                None if v_scale is None else jnp.asarray(v_scale),
+                k_scale,
+                v_scale,
             ),
             MLP(
                 self.merged([f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
@@ -108,44 +119,40 @@ class _Builder:
 
     def array(self, path: str, shape: tuple[int, ...]) -> jax.Array:
         """The float `weight` of the module at `path`, in the compute dtype, on the device."""
-        weight = ModuleTensors(self.checkpoint, path).read("weight", dtypes=FLOATS, shape=shape)
-        return self.place(f"{path}.weight", weight)
-
-    def place(self, name: str, weight: np.ndarray) -> jax.Array:
-        array = jnp.asarray(weight)
-        self.finite[name] = _all_finite(array)
-        return array.astype(self.dtype)
+        weight = ModuleTensors(self.checkpoint, path).read_floats("weight", shape)
+        return jnp.asarray(weight, self.dtype)
 
     def dense(self, path: str) -> Dense | QuantDense:
-        return self.layer(
-            path, read_linear(self.checkpoint, self.quantization, path, self.shapes[path])
-        )
+        return self.layer(self.read(path))
 
-    def layer(self, path: str, linear: LinearWeights) -> Dense | QuantDense:
-        bias = None if linear.bias is None else self.place(f"{path}.bias", linear.bias)
-        if isinstance(linear.weight, QTensor):
-            weight = jax.tree.map(jnp.asarray, linear.weight)
-        else:
-            weight = self.place(f"{path}.weight", linear.weight)
+    def read(self, path: str) -> LinearWeights:
+        linear = read_linear(self.checkpoint, self.quantization, path, self.shapes[path])
+        if linear.bias is None and has_bias(self.config, path):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {path}.bias is missing, but config.json says that this "
+                "Linear has a bias"
+            )
+        return linear
+
+    def layer(self, linear: LinearWeights) -> Dense | QuantDense:
+        bias = None if linear.bias is None else jnp.asarray(linear.bias)
+        weight = jax.tree.map(jnp.asarray, linear.weight)
         return make_dense(
             weight, bias, dtype=self.dtype, backend=self.backend, semantics=self.semantics
         )
 
     def merged(self, paths: Sequence[str]) -> MergedDense:
-        linears = [
-            read_linear(self.checkpoint, self.quantization, path, self.shapes[path])
-            for path in paths
-        ]
+        linears = [self.read(path) for path in paths]
         sizes = [self.shapes[path][0] for path in paths]
         stacked = _stack(linears)
         if stacked is not None:
-            return MergedDense([self.layer("+".join(paths), stacked)], sizes)
-        parts = [self.layer(path, linear) for path, linear in zip(paths, linears, strict=True)]
+            return MergedDense([self.layer(stacked)], sizes)
+        parts = [self.layer(linear) for linear in linears]
         return MergedDense(parts, sizes)
 
     def lm_head(self, embed_tokens: jax.Array) -> Dense | QuantDense | None:
         """None where the head is the embedding."""
-        stored = ModuleTensors(self.checkpoint, "lm_head").suffixes
+        stored = ModuleTensors(self.checkpoint, LM_HEAD).suffixes
         if not stored:
             if not self.config.tie_word_embeddings:
                 raise CheckpointError(
@@ -153,7 +160,7 @@ class _Builder:
                     "tie_word_embeddings is false in config.json"
                 )
             return None
-        head = self.dense("lm_head")
+        head = self.dense(LM_HEAD)
         if not self.config.tie_word_embeddings or isinstance(head, QuantDense):
             return head
         if "weight" in stored and jnp.array_equal(head.weight[...], embed_tokens):
@@ -166,22 +173,13 @@ class _Builder:
         return head
 
     def finish(self) -> None:
-        """Raise for the first tensor with a NaN or infinity, and for tensors nobody asked for."""
-        for name, finite in self.finite.items():
-            if not finite:
-                raise CheckpointError(
-                    f"{self.checkpoint.folder}: {name} holds NaN or infinite values"
-                )
-        unread = self.checkpoint.unread()
+        """Raise for tensors that nobody asked for."""
+        unread = [name for name in self.checkpoint.unread() if not is_derived(name)]
         if unread:
-            shown = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
             raise CheckpointError(
-                f"{self.checkpoint.folder}: {len(unread)} unexpected tensors: {shown}; they belong "
-                "to no module of this Llama as its config.json describes it"
+                f"{self.checkpoint.folder}: {len(unread)} unexpected tensors: {first_few(unread)}; "
+                "they belong to no module of this Llama as its config.json describes it"
             )
-
-
-_all_finite = jax.jit(lambda array: jnp.isfinite(array).all())
 
 
 def _stack(linears: Sequence[LinearWeights]) -> LinearWeights | None:
