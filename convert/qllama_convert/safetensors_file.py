@@ -77,7 +77,7 @@ class SafetensorsFile:
                 raise CheckpointError(f"{path}: cannot be mapped: {error}") from error
         try:
             header, data_start = _read_header(mapped)
-            self.metadata = _parse_metadata(header.pop("__metadata__", {}))
+            self.metadata = _parse_metadata(header.pop("__metadata__", None))
             self.tensors = {name: _parse_entry(name, entry) for name, entry in header.items()}
             _check_layout(self.tensors, len(mapped) - data_start)
         except ValueError as error:
@@ -179,6 +179,8 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
 
 
 def _parse_metadata(metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ must map strings to strings")
     return metadata
