@@ -156,7 +156,8 @@ REFUSED_BY_BOTH = {
     "boolean size": (container({"a": entry("U8", [True], 0, 1)}, b"x"), r"shape \[True\]"),
     "NaN size": (container({"a": entry("U8", [float("nan")], 0, 1)}, b"x"), r"shape \[nan\]"),
     "shape not a list": (container({"a": entry("U8", 1, 0, 1)}, b"x"), "shape 1"),
-    "huge sizes": (container({"a": entry("U8", [2**62, 2**62], 0, 1)}, b"x"), "takes"),
+    "huge sizes": (container({"a": entry("U8", [2**62, 2**62], 0, 1)}, b"x"), "expected a list"),
+    "large sizes": (container({"a": entry("U8", [2**50], 0, 1)}, b"x"), "takes"),
     "absurd size": (container({"a": entry("U8", [10**4000], 0, 1)}, b"x"), "expected a list"),
     "endless size": (container({"a": entry("U8", [1], 0, 1)}).replace(b"1]", b"1" * 5000), "head"),
     "one offset": (container({"a": {**U8, "data_offsets": [1]}}, b"x"), "expected .start, stop"),
@@ -187,6 +188,7 @@ REFUSED_HERE = {
         "a",
     ),
     "unknown key": (container({"a": {**U8, "offset": 0}}, b"x"), "no more"),
+    "empty but huge": (container({"a": entry("F32", [0, 2**62], 0, 0)}), "expected a list"),
     "65 dimensions": (container({"a": entry("U8", [1] * 65, 0, 1)}, b"x"), "expected a list"),
 }
 
