@@ -31,7 +31,8 @@ def config() -> LlamaConfig:
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     modules: dict[str, tuple[int, ...]] = {names.EMBED_TOKENS: names.embedding_shape(config)}
-    modules |= names.linear_shapes(config) | names.norm_shapes(config)
+    modules |= names.linear_shapes(config)
+    modules |= names.norm_shapes(config)
     return {f"{path}.weight": shape for path, shape in modules.items()}
 
 

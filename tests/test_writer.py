@@ -128,7 +128,10 @@ def test_other_files(tmp_path: Path) -> None:
     tokenizer = tmp_path / "blob"
     tokenizer.write_bytes(b"\r\n\xff")
     (tmp_path / "link").symlink_to("blob")
-    files = {"tokenizer.json": tmp_path / "link", "recipe.yaml": b"a: 1\n"}
+    files: dict[str, bytes | Path] = {
+        "tokenizer.json": tmp_path / "link",
+        "recipe.yaml": b"a: 1\n",
+    }
     out = write_checkpoint(tmp_path / "out", config=CONFIG, tensors=TENSORS, files=files)
     assert (out / "tokenizer.json").read_bytes() == b"\r\n\xff"
     assert not (out / "tokenizer.json").is_symlink()
@@ -283,7 +286,7 @@ def test_a_full_disk(old: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.stderr == ""
-    assert done.stdout == f"[Errno 27] cannot write {old}: File too large; nothing there was changed"
+    assert f"cannot write {old}: File too large; nothing there was changed" in done.stdout
     assert contents(old) == before
     assert list(tmp_path.iterdir()) == [old]
 
