@@ -48,7 +48,7 @@ _SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | _SUB_BYTE_BITS
 
 _MAX_HEADER = 100_000_000  # bytes, the library's own limit
-_MAX_RANK = 64  # numpy's own limit
+_MAX_RANK = 64
 _COPY_BYTES = 1 << 24
 
 
@@ -77,7 +77,7 @@ class SafetensorsFile:
                 raise CheckpointError(f"{path}: cannot be mapped: {error}") from error
         try:
             header, data_start = _read_header(mapped)
-            self.metadata = _parse_metadata(header.pop("__metadata__", {}))
+            self.metadata = _parse_metadata(header.pop("__metadata__", None))
             self.tensors = {name: _parse_entry(name, entry) for name, entry in header.items()}
             _check_layout(self.tensors, len(mapped) - data_start)
         except ValueError as error:
@@ -179,6 +179,8 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
 
 
 def _parse_metadata(metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ must map strings to strings")
     return metadata
@@ -192,7 +194,7 @@ def _parse_entry(name: str, entry: object) -> TensorEntry:
         raise ValueError(
             f"tensor {name} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}"
         )
-    if not _is_sizes(shape) or len(shape) > _MAX_RANK:
+    if not _is_sizes(shape) or not _fits_numpy(shape):
         raise ValueError(f"tensor {name} has shape {_short(shape)}, expected a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(
@@ -209,8 +211,13 @@ def _parse_entry(name: str, entry: object) -> TensorEntry:
 
 
 def _is_sizes(value: object) -> bool:
-    """Whether it is a list of integers that fit numpy and the library: 0 <= i < 2^63."""
+    """Whether it is a list of integers, none negative or beyond what any file can have."""
     return isinstance(value, list) and all(type(i) is int and 0 <= i < 2**63 for i in value)
+
+
+def _fits_numpy(shape: list[int]) -> bool:
+    """numpy counts elements in 63 bits as if no dimension were zero, and has 64 dimensions."""
+    return len(shape) <= _MAX_RANK and math.prod(filter(None, shape)) < 2**59
 
 
 def _short(value: object) -> str:

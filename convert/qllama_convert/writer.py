@@ -3,6 +3,7 @@
 What the tensors are is for the formats to say; this module lays out files.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -39,7 +40,7 @@ def write_checkpoint(
         folder: where; its parents are made.
         config: becomes `config.json`, see `exported_config`.
         tensors: name -> array, or (name, array) pairs, which may be made as they are asked for:
-            one module's tensors are held at a time. Pairs of one module must come together.
+            two modules at most are held in memory. Pairs of one module must come together.
         files: what else goes in: file name -> its bytes, or a file to copy (tokenizer, ...).
         max_shard_bytes: bytes of tensors after which a new shard begins. A module is never split,
             so a shard with one module may be larger.
@@ -65,13 +66,13 @@ def write_checkpoint(
                 _write_file(partial / name, content)
             _write_weights(partial, tensors, max_shard_bytes)
             _flush_folder(partial)
-            _move_into_place(partial, folder)
+            _move_into_place(partial, folder, overwrite=overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        reason = f"{error.strerror or error}"
+        reason = error.strerror or str(error)
         raise OSError(
-            error.errno, f"cannot write {folder}: {reason}; it is as it was before"
+            error.errno, f"cannot write {folder}: {reason}; nothing there was changed"
         ) from error
     return folder
 
@@ -182,10 +183,10 @@ def _write_file(path: Path, content: bytes | Path) -> None:
         os.fsync(file.fileno())
 
 
-def _move_into_place(partial: Path, folder: Path) -> None:
+def _move_into_place(partial: Path, folder: Path, *, overwrite: bool) -> None:
     """Rename. There is no portable exchange of two folders, so for a moment neither is in place;
     a crash just then leaves the old one beside it as `.NAME.*.replaced`."""
-    if folder.exists():
+    if overwrite and folder.exists():
         replaced = partial.with_suffix(".replaced")
         folder.rename(replaced)
         try:
@@ -200,9 +201,13 @@ def _move_into_place(partial: Path, folder: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, as fsync does for a file's data."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the names in a folder survive a power cut, as fsync does for a file's data.
+
+    Some network file systems cannot, and need not: they are asked, not required to.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
