@@ -44,6 +44,7 @@ lint: .venv/.installed-dev  ## ruff and mypy
 	.venv/bin/mypy
 
 oracle: .venv-oracle/.installed  ## build the environment with torch that some tests compare with
+	@:
 
 clean:  ## remove environments, caches and build outputs
 	rm -rf .venv .venv-oracle .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache \
