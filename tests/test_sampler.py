@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import scipy.special
 import scipy.stats
@@ -297,6 +298,66 @@ def test_a_row_is_filtered_by_its_own_parameters():
     for row, filters in enumerate(FILTERS):
         alone = assert_kept(logits[row : row + 1], filters)
         np.testing.assert_allclose(together[row], alone[0], rtol=1e-6)
+
+
+@pytest.mark.oracle
+def test_transformers_processes_logits_alike():
+    rows, vocab_size = 4, 200
+    logits = random_logits(rows, vocab_size)
+    tokens = np.random.default_rng(3).integers(0, vocab_size, (rows, 9))
+    theirs = oracle.run(
+        """
+        from transformers.generation import logits_process as processors
+
+        processed = {
+            "repetition": processors.RepetitionPenaltyLogitsProcessor(1.3),
+            "bad_words": processors.NoBadWordsLogitsProcessor(
+                [[7], tokens[0, -2:].tolist() + [11], tokens[1, -1:].tolist() + [12]]
+            ),
+            "bias": processors.SequenceBiasLogitsProcessor([[[5], 2.5], [[6], -3.0]]),
+            "top_k": processors.TopKLogitsWarper(13),
+            "top_p": processors.TopPLogitsWarper(0.8),
+            "min_p": processors.MinPLogitsWarper(0.05),
+            "temperature": processors.TemperatureLogitsWarper(0.6),
+        }
+        chain = ["temperature", "top_k", "top_p"]
+        ids, scores = torch.tensor(tokens), torch.tensor(logits)
+        for name, processor in processed.items():
+            out[name] = processor(ids, scores.clone()).numpy()
+        for name in chain:
+            scores = processed[name](ids, scores)
+        out["chain"] = scores.softmax(-1).numpy()
+        """,
+        logits=logits,
+        tokens=tokens,
+    )
+    neutral = Penalties.neutral(rows, vocab_size, bad_words=(3, 3))
+    for token in tokens.T:
+        neutral = neutral.update(jnp.asarray(token, jnp.int32))
+    words = [[7], [*tokens[0, -2:], 11], [tokens[1, -1], 12]]
+    bias = np.zeros((rows, vocab_size), np.float32)
+    bias[:, 5], bias[:, 6] = 2.5, -3.0
+    for name, changes in {
+        "repetition": {"repetition": jnp.full(rows, 1.3)},
+        "bad_words": {"bad_words": jnp.asarray([pack_bad_words(words, 3, 3)] * rows)},
+        "bias": {"bias": jnp.asarray(bias)},
+    }.items():
+        penalties = replace(neutral, **changes)
+        state = SamplingState.neutral(rows)
+        ours = adjust_logits(jnp.asarray(logits), state, jnp.full(rows, 9), penalties)
+        np.testing.assert_allclose(ours, theirs[name], rtol=1e-6, err_msg=name)
+    for name, filters in {
+        "top_k": {"top_k": 13},
+        "top_p": {"top_p": 0.8},
+        "min_p": {"min_p": 0.05},
+    }.items():
+        ours = weights_of(jnp.asarray(logits), make_state(rows, temperature=1.0, **filters))
+        np.testing.assert_array_equal(ours > 0, np.isfinite(theirs[name]), err_msg=name)
+    chain = make_state(rows, temperature=0.6, top_k=13, top_p=0.8)
+    ours = np.asarray(weights_of(jnp.asarray(logits), chain))
+    np.testing.assert_allclose(
+        ours / ours.sum(-1, keepdims=True), theirs["chain"], rtol=1e-5, atol=1e-9
+    )
 
 
 # --- the draw ------------------------------------------------------------------------------------
