@@ -24,7 +24,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama3):
-    return AutoTokenizer.from_pretrained(tiny_llama3("bf16_original"))
+    return AutoTokenizer.from_pretrained(tiny_llama3("ct_w4a16_g128"))
 
 
 @pytest.fixture(scope="module")
