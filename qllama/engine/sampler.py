@@ -101,8 +101,11 @@ class TokenLogprobs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SampleOutput:
+    """The next tokens. Ties go to the lowest id."""
+
     token: jax.Array  # int32 [B]
-    finite: jax.Array  # bool [B]; False: the logits have NaN or +inf and the token means nothing
+    # bool [B]. False: a logit is NaN or +inf, or all are barred, and the token means nothing.
+    finite: jax.Array
     logprobs: TokenLogprobs | None
 
 
@@ -130,8 +133,8 @@ def sample(
         bits_per_pass: of the threshold search, a divisor of 32. Fewer passes against more work in
             each: 4 suits a GPU, where a pass costs launches, 1 a CPU.
 
-    Returns:
-        Ties go to the lowest id.
+    Raises:
+        ValueError: `penalties` missing for "full" or given for another variant.
     """
     if variant not in get_args(Variant) or (variant == "full") != (penalties is not None):
         given = "without" if penalties is None else "with"
@@ -141,21 +144,63 @@ def sample(
         )
     # Keeps the model before it compiled alike in all variants, and so its logits the same.
     raw = lax.optimization_barrier(logits.astype(jnp.float32))
-    logits = raw
+    logits = adjust_logits(raw, state, positions, penalties)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # An argmax finds NaN before any number, so the winner tells whether the row is sound.
+    finite = jnp.isfinite(_pick(logits, token))
+    if variant != "greedy":
+        # The exponential form of Gumbel-max: the same draw with one logarithm instead of two.
+        weights = filtered_weights(logits, state, bits_per_pass=bits_per_pass)
+        noise = _exponential(state.key, positions, logits.shape[-1])
+        drawn = jnp.argmax(weights / noise, axis=-1).astype(jnp.int32)
+        token = jnp.where(state.temperature > 0, drawn, token)
+    logprobs = None if num_logprobs is None else token_logprobs(raw, token, num_logprobs)
+    return SampleOutput(token=token, finite=finite, logprobs=logprobs)
+
+
+def adjust_logits(
+    logits: jax.Array,
+    state: SamplingState,
+    positions: jax.Array,
+    penalties: Penalties | None = None,
+) -> jax.Array:
+    """Logits `[B, V]` with bad words and early stop ids at -inf, bias added, repeats penalized."""
     if penalties is not None:
         logits = _bar(logits, _bad_word_ends(penalties))
     early = positions < state.min_position
     logits = _bar(logits, jnp.where(early[:, None], state.stop_ids, -1))
     if penalties is not None:
         logits = _penalize(logits + penalties.bias, penalties)
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # An argmax finds NaN before any number, so the winner tells whether the row is sound.
-    finite = jnp.isfinite(_pick(logits, token))
-    if variant != "greedy":
-        drawn = _draw(logits, state, positions, bits_per_pass)
-        token = jnp.where(state.temperature > 0, drawn, token)
-    logprobs = None if num_logprobs is None else token_logprobs(raw, token, num_logprobs)
-    return SampleOutput(token=token, finite=finite, logprobs=logprobs)
+    return logits
+
+
+def filtered_weights(
+    logits: jax.Array, state: SamplingState, *, bits_per_pass: int = 1
+) -> jax.Array:
+    """Probabilities `[B, V]` relative to the most likely token after temperature and filters.
+
+    The filters are min_p, then top_k, then top_p of what is left. What they drop weighs 0. Tokens
+    that tie at a border are all kept. Rows with temperature 0 get those of temperature 1.
+    """
+    temperature = jnp.where(state.temperature > 0, state.temperature, 1.0)
+    # Subtract first: at the maximum this is 0 however the compiler contracts it, and the weight 1.
+    behind = logits - jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(behind / temperature[:, None])
+
+    keep = weights >= state.min_p[:, None]
+    bits = _ordered_bits(jnp.where(keep, logits, -jnp.inf))
+    kth = _threshold(bits, jnp.ones_like(weights), state.top_k, bits_per_pass)
+    # A filter that is off is left out by its parameter, not by a threshold that lets all pass:
+    # rounded sums over a vocabulary miss their exact value.
+    top_k_off = (state.top_k <= 0) | (state.top_k >= logits.shape[-1])
+    keep &= top_k_off[:, None] | (bits >= kth[:, None])
+    weights = jnp.where(keep, weights, 0.0)
+
+    bits = lax.bitcast_convert_type(weights, jnp.uint32)  # in order, as no weight is negative
+    mass = state.top_p * jnp.sum(weights, axis=-1)
+    least = _threshold(bits, weights, mass, bits_per_pass)
+    top_p_off = state.top_p >= 1
+    return jnp.where(top_p_off[:, None] | (bits >= least[:, None]), weights, 0.0)
 
 
 def token_logprobs(logits: jax.Array, token: jax.Array, n: int) -> TokenLogprobs:
@@ -243,37 +288,6 @@ def _penalize(logits: jax.Array, penalties: Penalties) -> jax.Array:
     logits = jnp.where(penalties.in_prompt | in_output, repeated, logits)
     logits = logits - penalties.frequency[:, None] * penalties.count
     return logits - jnp.where(in_output, penalties.presence[:, None], 0.0)
-
-
-def _draw(
-    logits: jax.Array, state: SamplingState, positions: jax.Array, bits_per_pass: int
-) -> jax.Array:
-    """One token of each row from softmax(logits / temperature) after min_p, top_k and top_p."""
-    vocab_size = logits.shape[-1]
-    temperature = jnp.where(state.temperature > 0, state.temperature, 1.0)
-    logits = logits / temperature[:, None]
-    # Relative to the most likely token, which no filter drops.
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-
-    keep = weights >= state.min_p[:, None]
-    bits = _ordered_bits(jnp.where(keep, logits, -jnp.inf))
-    kth = _threshold(bits, jnp.ones_like(weights), state.top_k, bits_per_pass)
-    # A filter that is off is left out by its parameter, not by a threshold that lets all pass:
-    # rounded sums over a vocabulary miss their exact value.
-    top_k_off = (state.top_k <= 0) | (state.top_k >= vocab_size)
-    keep &= top_k_off[:, None] | (bits >= kth[:, None])
-    weights = jnp.where(keep, weights, 0.0)
-
-    bits = lax.bitcast_convert_type(weights, jnp.uint32)  # in order, as no weight is negative
-    mass = state.top_p * jnp.sum(weights, axis=-1)
-    least = _threshold(bits, weights, mass, bits_per_pass)
-    top_p_off = state.top_p >= 1
-    weights = jnp.where(top_p_off[:, None] | (bits >= least[:, None]), weights, 0.0)
-
-    # The first of exponential clocks that run at these rates: the Gumbel-max draw, with one
-    # logarithm instead of two.
-    clocks = _exponential(state.key, positions, vocab_size)
-    return jnp.argmax(weights / clocks, axis=-1).astype(jnp.int32)
 
 
 def _exponential(key: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:

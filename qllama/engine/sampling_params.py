@@ -170,8 +170,8 @@ def bad_word_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> li
         forms = [list(encode(prefix + word.lstrip())) for prefix in ("", " ")]
         if not forms[0]:
             raise ValueError(f"bad_words has {word!r}, which the tokenizer turns into no token")
-        sequences += [ids for ids in forms if ids and ids not in sequences]
-    return sequences
+        sequences += filter(None, forms)
+    return [ids for i, ids in enumerate(sequences) if ids not in sequences[:i]]
 
 
 def _temperature(value: Any) -> float:
