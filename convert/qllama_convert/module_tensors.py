@@ -24,12 +24,9 @@ class ModuleTensors:
     def __init__(self, checkpoint: Checkpoint, path: str) -> None:
         self.checkpoint = checkpoint
         self.path = path
-        start = len(path) + 1
-        self.suffixes: frozenset[str] = frozenset(
-            name[start:]
-            for name in checkpoint.tensors
-            if name.startswith(f"{path}.") and "." not in name[start:]
-        )
+        prefix = f"{path}."
+        below = (name[len(prefix) :] for name in checkpoint.tensors if name.startswith(prefix))
+        self.suffixes = frozenset(suffix for suffix in below if "." not in suffix)
         self._accounted: set[str] = set()
 
     def __contains__(self, suffix: str) -> bool:

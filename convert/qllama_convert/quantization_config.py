@@ -7,7 +7,7 @@ from qllama.errors import CheckpointError
 from qllama_convert import compressed_tensors
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec, awq, fbgemm_fp8, fp8, gptq
-from qllama_convert.kv_cache import KVCacheScheme, parse_kv_cache_scheme
+from qllama_convert.kv_cache_scheme import KVCacheScheme, parse_kv_cache_scheme
 from qllama_convert.section import Section, shown
 
 _Parser = Callable[[Section, Checkpoint, Mapping[str, tuple[int, int]]], dict[str, LinearSpec]]
@@ -21,6 +21,7 @@ METHODS: dict[str, _Parser] = {
 }
 """Values of `quant_method` that are read."""
 
+_WITH_SIDECAR = ("gptq", "awq")
 _WITH_KV_CACHE = ("compressed-tensors", "fp8")
 _SPELLINGS = (
     ("bits", "w_bit"),
@@ -65,6 +66,9 @@ def parse_quantization(
     if config is None:
         return None
     method = _method(config, checkpoint)
+    sidecar = _sidecar(checkpoint)
+    if sidecar is not None and method in _WITH_SIDECAR:
+        _refuse_conflict(config, sidecar)
     kv_cache = parse_kv_cache_scheme(config) if method in _WITH_KV_CACHE else None
     specs = METHODS[method](config, checkpoint, linears)
     return Quantization(method=method, linears=specs, kv_cache=kv_cache)
@@ -80,10 +84,7 @@ def _find(checkpoint: Checkpoint) -> Section | None:
         )
     places.append(config.section("compression_config"))
     found = next((section for section in places if section), None)
-    sidecar = _sidecar(checkpoint)
-    if found is not None and sidecar is not None:
-        _refuse_conflict(found, sidecar)
-    return sidecar if found is None else found
+    return found if found is not None else _sidecar(checkpoint)
 
 
 def _sidecar(checkpoint: Checkpoint) -> Section | None:
