@@ -41,26 +41,20 @@ SUFFIXES_IN_LINEARS = frozenset(
 
 
 def read_kv_scales(
-    checkpoint: Checkpoint,
-    quantization: Quantization | None,
-    path: str,
-    num_kv_heads: int,
-    *,
-    undeclared: bool = False,
+    checkpoint: Checkpoint, quantization: Quantization | None, path: str, num_kv_heads: int
 ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """Multipliers of the cached float8 codes of one layer.
+    """Multipliers of the cached float8 codes of one layer, whether or not the config wants them.
 
     Args:
         checkpoint: an open checkpoint.
-        quantization: of this checkpoint; its `kv_cache` says whether the cache is quantized.
+        quantization: of this checkpoint.
         path: of the attention, such as "model.layers.0.self_attn".
         num_kv_heads: how many scales strategy "attn_head" has.
-        undeclared: quantize the cache even if the config does not say so.
 
     Returns:
-        `(k_scale, v_scale)`, each float32 `[]`, or `[num_kv_heads]` for strategy "attn_head";
-        1.0 and a warning where none are stored, as in vLLM. `(None, None)`: the cache is not
-        quantized. Stored scales are checked then, too.
+        `(k_scale, v_scale)`, each float32 `[1, 1]`, or `[num_kv_heads, 1]` for "attn_head". Where
+        none are stored: `(None, None)`, or 1.0 and a warning if the config declares a quantized
+        cache, as in vLLM.
 
     Raises:
         CheckpointError: one of a pair is missing, a wrong count, or a value that is not finite
@@ -72,18 +66,14 @@ def read_kv_scales(
     }
     for module, suffix in _NOT_NEEDED:
         modules[module].ignore(suffix)
-    wanted = scheme is not None or undeclared
     for pair in _SPELLINGS:
         if any(suffix in modules[module] for module, suffix in pair):
             k, v = (_read_scale(modules[m], s, scheme, num_kv_heads) for m, s in pair)
-            return (k, v) if wanted else (None, None)
-    if not wanted:
+            return k, v
+    if scheme is None:
         return None, None
-    checkpoint.warn(
-        "the KV cache is to be quantized, but layers have no k_scale and v_scale: 1.0 is used"
-    )
-    per_head = scheme is not None and scheme.strategy == "attn_head"
-    one = np.ones((num_kv_heads,) if per_head else (), np.float32)
+    checkpoint.warn("kv_cache_scheme is set, but layers have no k_scale and v_scale: 1.0 is used")
+    one = np.ones((1 if scheme.strategy == "tensor" else num_kv_heads, 1), np.float32)
     return one, one
 
 
@@ -97,9 +87,10 @@ def _read_scale(
     if not fits[scheme.strategy if scheme else None]:
         raise tensors.wrong_shape(suffix, f"[1], or [{num_kv_heads}, 1, 1] for strategy attn_head")
     stored = tensors.read(suffix, dtypes=FLOATS).astype(np.float32)
-    scales = stored.reshape(num_kv_heads) if per_head else stored.reshape(())
+    scales = stored.reshape(-1, 1)
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise tensors.error(
-            f"tensor {suffix} is {scales.tolist()}; scales must be finite and above zero", suffix
+            f"tensor {suffix} is {scales.ravel().tolist()}; scales must be finite and above zero",
+            suffix,
         )
     return scales
