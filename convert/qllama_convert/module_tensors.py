@@ -100,9 +100,9 @@ class ModuleTensors:
         """A `CheckpointError` that begins with the file (of tensor `suffix`) and the module."""
         suffixes = [suffix] if suffix else sorted(self.suffixes)
         files = {self.checkpoint.tensors[f"{self.path}.{name}"].file for name in suffixes}
-        where = ", ".join(sorted(files)) or self.checkpoint.folder.name
-        return CheckpointError(f"{where}: {self.path}: {message}")
+        where = ", ".join(sorted(files)) or "weight files"
+        return CheckpointError(f"{self.checkpoint.folder}: {where}: {self.path}: {message}")
 
     def warn(self, message: str) -> None:
         """Tell the user something about this module that is no error."""
-        self.checkpoint.warn(f"{self.path}: {message}")
+        self.checkpoint.warn(f"{self.checkpoint.folder}: {self.path}: {message}")

@@ -60,7 +60,7 @@ def parse(
             specs[path] = _spec(override, config, zero_offset)
     if undecided and not specs:
         raise CheckpointError(
-            f"{config.path} says GPTQ, but no Linear has {' or '.join(_PACKED_SUFFIXES)}"
+            f"{config.place()} says GPTQ, but no Linear has {' or '.join(_PACKED_SUFFIXES)}"
         )
     return specs
 
@@ -134,7 +134,7 @@ def _dynamic(config: Section) -> list[tuple[re.Pattern[str], Section | None]]:
     section = config.section_or_empty("dynamic")
     rules: list[tuple[re.Pattern[str], Section | None]] = []
     for key in section:
-        pattern = compile_pattern(key.removeprefix("-:").removeprefix("+:"), section.path)
+        pattern = compile_pattern(key.removeprefix("-:").removeprefix("+:"), section.place(key))
         rules.append((pattern, None if key.startswith("-:") else section.section_or_empty(key)))
     return rules
 
@@ -145,7 +145,7 @@ def _fragments(config: Section) -> tuple[str, ...]:
     blocks = config.value(key)
     if isinstance(blocks, list) and all(isinstance(block, list) for block in blocks):
         blocks = [fragment for block in blocks for fragment in block]
-    return Section({key: blocks}, config.path).strings(key)
+    return config.with_value(key, blocks).strings(key)
 
 
 def _spec(layer: Section, config: Section, zero_offset: int) -> LinearSpec:
