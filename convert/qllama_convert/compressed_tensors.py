@@ -117,12 +117,12 @@ def parse(
     """
     for key in config:
         if key not in _KEYS:
-            checkpoint.warn(f"{config.path}.{key} is unknown and ignored")
+            checkpoint.warn(f"{config.place(key)} is unknown and ignored")
     _refuse_sparsity(config)
     _refuse_online_transforms(config)
     _file_format(config)
     groups = list(_parse_groups(config, checkpoint))
-    ignored = [_target(text, f"{config.path}.ignore") for text in config.strings("ignore")]
+    ignored = [_target(text, config.place("ignore")) for text in config.strings("ignore")]
     specs: dict[str, LinearSpec] = {}
     for path in linears:
         if any(target.rank(path) is not None for target in ignored):
@@ -132,7 +132,7 @@ def parse(
             specs[path] = spec
     for target in (target for group in groups for target in group.targets):
         if all(target.rank(path) is None for path in linears):
-            checkpoint.warn(f"{config.path}: target {target.text!r} matches no module")
+            checkpoint.warn(f"{config.place()}: target {target.text!r} matches no module")
     _check_status(config, checkpoint, specs)
     return specs
 
@@ -174,12 +174,12 @@ def _parse_groups(config: Section, checkpoint: Checkpoint) -> Iterator[_Group]:
             scheme, targets = section, section.strings("targets")
         if targets and all(text.endswith(_ATTENTION_SUFFIX) for text in targets):
             checkpoint.warn(
-                f"{groups.path}.{name} quantizes attention itself, which is not run; only "
+                f"{groups.place(name)} quantizes attention itself, which is not run; only "
                 "kv_cache_scheme is"
             )
             continue
         yield _Group(
-            tuple(_target(text, f"{scheme.path}.targets") for text in targets),
+            tuple(_target(text, scheme.place("targets")) for text in targets),
             _parse_scheme(scheme, config),
         )
 
@@ -189,7 +189,7 @@ def _preset(groups: Section, name: str) -> Section:
         raise groups.error(
             name, f"is a list of targets, but no preset; presets are {', '.join(PRESETS)}"
         )
-    return Section(PRESETS[name.upper()], f"{groups.path}.{name}")
+    return groups.child(name, PRESETS[name.upper()])
 
 
 def _target(text: str, path: str) -> _Target:
@@ -366,7 +366,7 @@ def _refuse_online_transforms(config: Section) -> None:
         if not isinstance(steps, list):
             raise group.wrong("apply", "a list")
         for i, step in enumerate(steps):
-            place = Section(step, f"{group.path}.apply[{i}]")
+            place = group.child(f"apply[{i}]", step)
             location = place.string("location")
             if location not in ("weight_input", "weight_output"):
                 raise place.error(
@@ -385,11 +385,11 @@ def _check_status(config: Section, checkpoint: Checkpoint, specs: Mapping[str, L
         weight = checkpoint.tensors.get(f"{path}.weight")
         if weight is not None and weight.dtype in FLOATS:
             raise CheckpointError(
-                f"{config.path}: quantization_status {shown(status)}, format "
+                f"{config.place()}: quantization_status {shown(status)}, format "
                 f"{shown(format_name)}, and {path}.weight is {weight.dtype}: this is not a "
                 "compressed checkpoint; save it compressed, or list the module under ignore"
             )
     checkpoint.warn(
-        f"{config.path}: quantization_status is {shown(status)} and format {shown(format_name)}, "
+        f"{config.place()}: quantization_status is {shown(status)}, format {shown(format_name)}, "
         "but the weights are compressed; other readers may not load this checkpoint"
     )

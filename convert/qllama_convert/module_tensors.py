@@ -24,12 +24,9 @@ class ModuleTensors:
     def __init__(self, checkpoint: Checkpoint, path: str) -> None:
         self.checkpoint = checkpoint
         self.path = path
-        start = len(path) + 1
-        self.suffixes: frozenset[str] = frozenset(
-            name[start:]
-            for name in checkpoint.tensors
-            if name.startswith(f"{path}.") and "." not in name[start:]
-        )
+        prefix = f"{path}."
+        below = (name[len(prefix) :] for name in checkpoint.tensors if name.startswith(prefix))
+        self.suffixes = frozenset(suffix for suffix in below if "." not in suffix)
         self._accounted: set[str] = set()
 
     def __contains__(self, suffix: str) -> bool:
@@ -103,9 +100,9 @@ class ModuleTensors:
         """A `CheckpointError` that begins with the file (of tensor `suffix`) and the module."""
         suffixes = [suffix] if suffix else sorted(self.suffixes)
         files = {self.checkpoint.tensors[f"{self.path}.{name}"].file for name in suffixes}
-        where = ", ".join(sorted(files)) or self.checkpoint.folder.name
-        return CheckpointError(f"{where}: {self.path}: {message}")
+        where = ", ".join(sorted(files)) or "weight files"
+        return CheckpointError(f"{self.checkpoint.folder}: {where}: {self.path}: {message}")
 
     def warn(self, message: str) -> None:
         """Tell the user something about this module that is no error."""
-        self.checkpoint.warn(f"{self.path}: {message}")
+        self.checkpoint.warn(f"{self.checkpoint.folder}: {self.path}: {message}")

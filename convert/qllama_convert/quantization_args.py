@@ -90,7 +90,8 @@ def _block_structure(section: Section) -> tuple[int, int] | None:
     if isinstance(value, str):  # the spelling of old files: "128x128"
         sizes = value.split("x")
         value = [int(size) if size.isdecimal() and len(size) < 10 else 0 for size in sizes]
-    return Section({key: value}, section.path).pair(key)
+        return section.with_value(key, value).pair(key)
+    return section.pair(key)
 
 
 def _dynamic(section: Section) -> bool | Literal["local"]:

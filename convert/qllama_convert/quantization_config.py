@@ -7,7 +7,7 @@ from qllama.errors import CheckpointError
 from qllama_convert import compressed_tensors
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec, awq, fbgemm_fp8, fp8, gptq
-from qllama_convert.kv_cache import KVCacheScheme, parse_kv_cache_scheme
+from qllama_convert.kv_cache_scheme import KVCacheScheme, parse_kv_cache_scheme
 from qllama_convert.section import Section, shown
 
 _Parser = Callable[[Section, Checkpoint, Mapping[str, tuple[int, int]]], dict[str, LinearSpec]]
@@ -21,6 +21,7 @@ METHODS: dict[str, _Parser] = {
 }
 """Values of `quant_method` that are read."""
 
+_WITH_SIDECAR = ("gptq", "awq")
 _WITH_KV_CACHE = ("compressed-tensors", "fp8")
 _SPELLINGS = (
     ("bits", "w_bit"),
@@ -64,32 +65,30 @@ def parse_quantization(
     config = _find(checkpoint)
     if config is None:
         return None
-    method = _method(config, checkpoint)
+    method = _method(config)
+    sidecar = _sidecar(checkpoint)
+    if sidecar is not None and method in _WITH_SIDECAR:
+        _refuse_conflict(config, sidecar)
     kv_cache = parse_kv_cache_scheme(config) if method in _WITH_KV_CACHE else None
     specs = METHODS[method](config, checkpoint, linears)
     return Quantization(method=method, linears=specs, kv_cache=kv_cache)
 
 
 def _find(checkpoint: Checkpoint) -> Section | None:
-    config = Section(checkpoint.config, "config.json")
+    config = Section(checkpoint.config, str(checkpoint.folder / "config.json"))
     text_config = checkpoint.config.get("text_config")
     places = [config.section("quantization_config")]
     if isinstance(text_config, dict):
-        places.append(
-            Section(text_config, "config.json: text_config").section("quantization_config")
-        )
+        places.append(config.child("text_config", text_config).section("quantization_config"))
     places.append(config.section("compression_config"))
     found = next((section for section in places if section), None)
-    sidecar = _sidecar(checkpoint)
-    if found is not None and sidecar is not None:
-        _refuse_conflict(found, sidecar)
-    return sidecar if found is None else found
+    return found if found is not None else _sidecar(checkpoint)
 
 
 def _sidecar(checkpoint: Checkpoint) -> Section | None:
-    if not checkpoint.sidecar:
+    if not checkpoint.sidecar or checkpoint.sidecar_name is None:
         return None
-    return Section(checkpoint.sidecar, str(checkpoint.sidecar_name))
+    return Section(checkpoint.sidecar, str(checkpoint.folder / checkpoint.sidecar_name))
 
 
 def _refuse_conflict(config: Section, sidecar: Section) -> None:
@@ -102,18 +101,18 @@ def _refuse_conflict(config: Section, sidecar: Section) -> None:
         if one is not None and other is not None and one != other:
             raise config.error(
                 ours,
-                f"is {shown(one)}, but {sidecar.path}.{theirs} is {shown(other)}; delete the file "
+                f"is {shown(one)}, but {sidecar.place(theirs)} is {shown(other)}; delete the file "
                 "that is wrong",
             )
 
 
-def _method(config: Section, checkpoint: Checkpoint) -> str:
+def _method(config: Section) -> str:
     """The `quant_method`, stated or (in a sidecar) implied; refuses what is not read."""
     for key in ("load_in_4bit", "load_in_8bit"):
         if config.value(key):
             raise _unsupported(config, key, "is set: bitsandbytes weights")
     stated = config.string("quant_method")
-    method = (stated or _implied_method(config, checkpoint)).lower()
+    method = (stated or _implied_method(config)).lower()
     if config.value("is_marlin_format"):
         raise _unsupported(config, "is_marlin_format", "is set: a layout made for one kernel")
     layout = config.string("checkpoint_format")
@@ -126,10 +125,11 @@ def _method(config: Section, checkpoint: Checkpoint) -> str:
     return method
 
 
-def _implied_method(config: Section, checkpoint: Checkpoint) -> str:
-    if config.path == checkpoint.sidecar_name:
-        awq_like = "version" in config or checkpoint.sidecar_name == "quant_config.json"
-        return "awq" if awq_like else "gptq"
+def _implied_method(config: Section) -> str:
+    if config.file.endswith("quantize_config.json"):
+        return "awq" if "version" in config else "gptq"
+    if config.file.endswith("quant_config.json"):
+        return "awq"
     raise config.wrong("quant_method", f"one of {', '.join(METHODS)}")
 
 

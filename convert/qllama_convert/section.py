@@ -17,13 +17,15 @@ class Section:
 
     Args:
         value: what the JSON held there; anything but an object raises `CheckpointError`.
-        path: for messages, such as "config.json: quantization_config.config_groups.group_0".
+        file: the name of that file, for messages.
+        path: of the object in it, such as "quantization_config.config_groups"; "" for all of it.
     """
 
-    def __init__(self, value: object, path: str) -> None:
-        self.path = path
+    def __init__(self, value: object, file: str, path: str = "") -> None:
+        self.file = file
+        self._path = path
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"{path} must be an object, found {shown(value)}")
+            raise CheckpointError(f"{self.place()} must be an object, found {shown(value)}")
         self._values = value
 
     def __contains__(self, key: str) -> bool:
@@ -44,9 +46,14 @@ class Section:
         """The first of several spellings of a key that is present; the first one if none is."""
         return next((key for key in keys if key in self), keys[0])
 
+    def place(self, key: str = "") -> str:
+        """Where `key` is, or the object itself, for messages: "<file>: <path>.<key>"."""
+        path = self._below(key) if key else self._path
+        return f"{self.file}: {path}" if path else self.file
+
     def error(self, key: str, message: str) -> CheckpointError:
-        """An error about `key`, to be raised by the caller: `<path>.<key> <message>`."""
-        return CheckpointError(f"{self.path}.{key} {message}")
+        """An error about `key`, to be raised by the caller."""
+        return CheckpointError(f"{self.place(key)} {message}")
 
     def wrong(self, key: str, expected: str) -> CheckpointError:
         """An error that says what `key` must be and what it is."""
@@ -115,11 +122,19 @@ class Section:
     def section(self, key: str) -> "Section | None":
         """The object at `key`, or None."""
         value = self.value(key)
-        return None if value is None else Section(value, f"{self.path}.{key}")
+        return None if value is None else self.child(key, value)
 
     def section_or_empty(self, key: str) -> "Section":
         """The object at `key`, empty when absent."""
-        return self.section(key) or Section({}, f"{self.path}.{key}")
+        return self.section(key) or self.child(key, {})
+
+    def with_value(self, key: str, value: object) -> "Section":
+        """The same object with another value at `key`."""
+        return Section({**self._values, key: value}, self.file, self._path)
+
+    def child(self, key: str, value: object) -> "Section":
+        """An object as if it stood at `key`."""
+        return Section(value, self.file, self._below(key))
 
     def refuse_unknown(self, known: Iterable[str]) -> None:
         """Raise if there is a key outside `known`."""
@@ -127,6 +142,9 @@ class Section:
         for key in self._values:
             if key not in allowed:
                 raise self.error(key, f"is unknown; known here are {', '.join(sorted(allowed))}")
+
+    def _below(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key
 
 
 def shown(value: object) -> str:

@@ -55,7 +55,7 @@ def parse(
         if quantized:
             specs[path] = spec
     if not specs and not excluded:
-        raise CheckpointError(f"{config.path} says AWQ, but no Linear has qweight")
+        raise CheckpointError(f"{config.place()} says AWQ, but no Linear has qweight")
     return specs
 
 

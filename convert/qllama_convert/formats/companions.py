@@ -78,21 +78,30 @@ def read_static_input(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """`input_scale` (float32 `[]`) and `input_zero` (int8 `[]`) of a `QTensor`, where calibrated.
 
-    A stored zero point of 0 beside symmetric activations is accepted and left out.
+    A zero point beside symmetric activations is accepted if it is zero, and left out.
     """
     activations = scheme.activations
     if activations is None or activations.dynamic:
         return None, None
     input_scale = read_scalar(tensors, scale, FLOATS).astype(np.float32)
-    if activations.dtype != "int8":
-        return input_scale, None
     if activations.symmetric:
-        if zero in tensors and read_scalar(tensors, zero, ("I8",)).any():
-            raise tensors.error(
-                f"tensor {zero} is not zero, but the config says symmetric activations", zero
-            )
+        accept_zero(tensors, zero)
         return input_scale, None
     return input_scale, read_scalar(tensors, zero, ("I8",))
+
+
+def accept_zero(tensors: ModuleTensors, suffix: str) -> None:
+    """Account for zero points that a symmetric scheme stores all the same; they must be zero."""
+    if suffix in tensors:
+        refuse_nonzero(tensors, suffix, tensors.read(suffix, dtypes=("I8", "F8_E4M3")))
+
+
+def refuse_nonzero(tensors: ModuleTensors, suffix: str, zeros: np.ndarray) -> None:
+    """Raise if a symmetric scheme has zero points that are not zero."""
+    if zeros.astype(np.int16).any():
+        raise tensors.error(
+            f"tensor {suffix} is not all zero, but the config says symmetric", suffix
+        )
 
 
 def write_static_input(weight: QTensor) -> dict[str, np.ndarray]:

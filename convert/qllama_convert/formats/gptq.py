@@ -40,6 +40,7 @@ def parse(
         CheckpointError: a value of the wrong type or out of range, or a feature that is not run.
     """
     _refuse_unsupported(config)
+    zero_offset = 1 if _checkpoint_format(config) == "gptq" else 0
     overrides = _dynamic(config)
     fragments = _fragments(config)
     specs: dict[str, LinearSpec] = {}
@@ -56,10 +57,10 @@ def parse(
             quantized = is_packed(checkpoint, path)
             undecided += path != "lm_head"
         if quantized:
-            specs[path] = _spec(override, config)
+            specs[path] = _spec(override, config, zero_offset)
     if undecided and not specs:
         raise CheckpointError(
-            f"{config.path} says GPTQ, but no Linear has {' or '.join(_PACKED_SUFFIXES)}"
+            f"{config.place()} says GPTQ, but no Linear has {' or '.join(_PACKED_SUFFIXES)}"
         )
     return specs
 
@@ -133,7 +134,7 @@ def _dynamic(config: Section) -> list[tuple[re.Pattern[str], Section | None]]:
     section = config.section_or_empty("dynamic")
     rules: list[tuple[re.Pattern[str], Section | None]] = []
     for key in section:
-        pattern = compile_pattern(key.removeprefix("-:").removeprefix("+:"), section.path)
+        pattern = compile_pattern(key.removeprefix("-:").removeprefix("+:"), section.place(key))
         rules.append((pattern, None if key.startswith("-:") else section.section_or_empty(key)))
     return rules
 
@@ -144,10 +145,10 @@ def _fragments(config: Section) -> tuple[str, ...]:
     blocks = config.value(key)
     if isinstance(blocks, list) and all(isinstance(block, list) for block in blocks):
         blocks = [fragment for block in blocks for fragment in block]
-    return Section({key: blocks}, config.path).strings(key)
+    return config.with_value(key, blocks).strings(key)
 
 
-def _spec(layer: Section, config: Section) -> LinearSpec:
+def _spec(layer: Section, config: Section, zero_offset: int) -> LinearSpec:
     def owner(key: str) -> Section:
         return layer if key in layer else config
 
@@ -158,7 +159,7 @@ def _spec(layer: Section, config: Section) -> LinearSpec:
         ),
         act_order=owner("desc_act").boolean("desc_act", False)
         and not _producer_option(config, "static_groups"),
-        zero_offset=1 if _checkpoint_format(config) == "gptq" else 0,
+        zero_offset=zero_offset,
     )
 
 

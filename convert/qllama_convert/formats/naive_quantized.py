@@ -14,6 +14,7 @@ from qllama.quantization.qtensor import QTensor
 from qllama_convert import bits
 from qllama_convert.formats import LinearSpec
 from qllama_convert.formats.companions import (
+    accept_zero,
     check_columns_divide,
     read_scales,
     read_static_input,
@@ -37,14 +38,11 @@ def read(
     """The weight `[N, K]` of one Linear. Other formats with this layout name their own scales."""
     scheme = spec.scheme
     check_columns_divide(tensors, shape, scheme)
-    zeros = None
     if scheme.weight_dtype == "float8_e4m3fn":
         codes = tensors.read("weight", dtypes=("F8_E4M3",), shape=shape)
         refuse_nan(tensors, "weight", codes)
-        tensors.ignore(_ZERO_POINT)  # early exports carry the zeros of a symmetric scheme
     else:
         codes = tensors.read("weight", dtypes=("I8",), shape=shape)
-        zeros = read_plain_zeros(tensors, shape, spec)
         if scheme.bits == 4:
             _check_range(tensors, "weight", codes, scheme.bits)
             codes = bits.pack_signed(codes)
@@ -52,7 +50,7 @@ def read(
     return QTensor(
         codes=codes,
         scales=read_scales(tensors, scale, shape, scheme, scale_dtypes),
-        zeros=zeros,
+        zeros=read_plain_zeros(tensors, shape, spec),
         input_scale=static_scale,
         input_zero=static_zero,
         scheme=scheme,
@@ -94,18 +92,14 @@ def read_plain_zeros(
 ) -> np.ndarray | None:
     """Zero points stored one per I8 element, as int16 like the scales; None if symmetric."""
     scheme = spec.scheme
-    if _ZERO_POINT not in tensors:
-        if scheme.symmetric:
-            return None
-        if spec.zero_point_optional:
-            return np.zeros(scheme.scale_shape(shape), np.int16)
+    if scheme.symmetric:
+        accept_zero(tensors, _ZERO_POINT)
+        return None
+    if _ZERO_POINT not in tensors and spec.zero_point_optional:
+        return np.zeros(scheme.scale_shape(shape), np.int16)
     stored = read_scales(tensors, _ZERO_POINT, shape, scheme, ("I8",))
     _check_range(tensors, _ZERO_POINT, stored, scheme.bits)
-    if not scheme.symmetric:
-        return stored.astype(np.int16)
-    if stored.any():
-        raise tensors.error(f"symmetric weights with non-zero {_ZERO_POINT}", _ZERO_POINT)
-    return None
+    return stored.astype(np.int16)
 
 
 def _check_range(tensors: ModuleTensors, suffix: str, values: np.ndarray, bits: int) -> None:

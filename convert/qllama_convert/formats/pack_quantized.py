@@ -18,6 +18,7 @@ from qllama_convert.formats.companions import (
     read_g_idx,
     read_scales,
     read_static_input,
+    refuse_nonzero,
     write_static_input,
 )
 from qllama_convert.formats.naive_quantized import read_plain_zeros, write_scales
@@ -80,8 +81,8 @@ def write(weight: QTensor) -> dict[str, np.ndarray]:
 def _check_stored_shape(tensors: ModuleTensors, shape: tuple[int, int]) -> None:
     if "weight_shape" not in tensors:
         return
-    stored = tensors.read("weight_shape", dtypes=("I64", "I32"))
-    if stored.shape != (2,) or tuple(stored.tolist()) != shape:
+    stored = tensors.read("weight_shape", dtypes=("I64", "I32"), shape=(2,))
+    if tuple(stored.tolist()) != shape:
         raise tensors.error(
             f"tensor weight_shape is {stored.tolist()}, but the model's config makes this Linear "
             f"{list(shape)}",
@@ -97,15 +98,14 @@ def _read_zeros(
     scheme = spec.scheme
     rows, columns = scheme.scale_shape(shape)
     packed = tensors.read(
-        _ZERO_POINT, dtypes=("I32", "I8"), shape=(-(-rows * scheme.bits // 32), columns)
+        _ZERO_POINT, dtypes=("I32",), shape=(-(-rows * scheme.bits // 32), columns)
     )
     unsigned = bits.unpack_words(packed.T, scheme.bits, rows).T
     zeros = unsigned.astype(np.int16) - np.int16(2 ** (scheme.bits - 1))
-    if not scheme.symmetric:
-        return np.ascontiguousarray(zeros)
-    if zeros.any():
-        raise tensors.error(f"symmetric weights with non-zero {_ZERO_POINT}", _ZERO_POINT)
-    return None
+    if scheme.symmetric:
+        refuse_nonzero(tensors, _ZERO_POINT, zeros)
+        return None
+    return np.ascontiguousarray(zeros)
 
 
 def _read_g_idx(

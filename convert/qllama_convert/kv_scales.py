@@ -1,28 +1,13 @@
-"""How a checkpoint quantizes the KV cache: the scheme of its config, the scales of a layer."""
+"""The calibrated scales of a quantized KV cache, under all the names they have had."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qllama_convert.checkpoint import Checkpoint
+from qllama_convert.kv_cache_scheme import KVCacheScheme
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
-from qllama_convert.quantization_args import parse_args
-from qllama_convert.section import Section
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVCacheScheme:
-    """Keys (after the rotary embedding) and values are float8_e4m3fn with calibrated scales."""
-
-    strategy: Literal["tensor", "attn_head"] = "tensor"  # one scale a layer, or one a KV head
-
-
-class KVScales(NamedTuple):
-    """Multipliers of the cached codes of one layer: float32 `[]`, or `[num_kv_heads]`."""
-
-    k: np.ndarray
-    v: np.ndarray
+from qllama_convert.quantization_config import Quantization
 
 
 class _Spelling(NamedTuple):
@@ -55,46 +40,27 @@ SUFFIXES_IN_LINEARS = frozenset(
 """Tensors of the cache that lie under k_proj and v_proj, and are no part of these Linears."""
 
 
-def parse_kv_cache_scheme(config: Section) -> KVCacheScheme | None:
-    """The scheme under `kv_cache_scheme`: an args object, or AutoFP8's word "static".
-
-    Raises:
-        CheckpointError: it is malformed, or another quantization than static, symmetric FP8.
-    """
-    key = "kv_cache_scheme"
-    if config.value(key) == "static":
-        return KVCacheScheme()
-    section = config.section(key)
-    if section is None:
-        return None
-    args = parse_args(section)
-    if args.type != "float" or args.num_bits != 8:
-        raise config.error(key, f"is {args.num_bits}-bit {args.type}; only 8-bit float is run")
-    if not args.symmetric or args.dynamic:
-        raise config.error(key, "must be symmetric and not dynamic; nothing else is run")
-    if args.strategy not in ("tensor", "attn_head"):
-        raise section.wrong("strategy", "tensor or attn_head; no other caches are run")
-    return KVCacheScheme(strategy="tensor" if args.strategy == "tensor" else "attn_head")
-
-
 def read_kv_scales(
-    checkpoint: Checkpoint, path: str, scheme: KVCacheScheme | None, num_kv_heads: int
-) -> KVScales | None:
-    """The scales of one layer, under whichever names they are stored.
+    checkpoint: Checkpoint, quantization: Quantization | None, path: str, num_kv_heads: int
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Multipliers of the cached float8 codes of one layer, whether or not the config wants them.
 
     Args:
         checkpoint: an open checkpoint.
+        quantization: of this checkpoint.
         path: of the attention, such as "model.layers.0.self_attn".
-        scheme: what the config declares. Without one, scales that are there are still returned.
         num_kv_heads: how many scales strategy "attn_head" has.
 
     Returns:
-        None without a scheme and scales. With a scheme and no scales: 1.0 and a warning, as vLLM.
+        `(k_scale, v_scale)`, each float32 `[1, 1]`, or `[num_kv_heads, 1]` for "attn_head". Where
+        none are stored: `(None, None)`, or 1.0 and a warning if the config declares a quantized
+        cache, as in vLLM.
 
     Raises:
         CheckpointError: one of a pair is missing, a wrong count, or a value that is not finite
             and above zero.
     """
+    scheme = quantization.kv_cache if quantization else None
     modules = {
         part: ModuleTensors(checkpoint, f"{path}{part}") for part in ("", ".k_proj", ".v_proj")
     }
@@ -103,12 +69,12 @@ def read_kv_scales(
     for pair in _SPELLINGS:
         if any(suffix in modules[module] for module, suffix in pair):
             k, v = (_read_scale(modules[m], s, scheme, num_kv_heads) for m, s in pair)
-            return KVScales(k, v)
+            return k, v
     if scheme is None:
-        return None
+        return None, None
     checkpoint.warn("kv_cache_scheme is set, but layers have no k_scale and v_scale: 1.0 is used")
-    one = np.ones(() if scheme.strategy == "tensor" else (num_kv_heads,), np.float32)
-    return KVScales(one, one)
+    one = np.ones((1 if scheme.strategy == "tensor" else num_kv_heads, 1), np.float32)
+    return one, one
 
 
 def _read_scale(
@@ -121,9 +87,10 @@ def _read_scale(
     if not fits[scheme.strategy if scheme else None]:
         raise tensors.wrong_shape(suffix, f"[1], or [{num_kv_heads}, 1, 1] for strategy attn_head")
     stored = tensors.read(suffix, dtypes=FLOATS).astype(np.float32)
-    scales = stored.reshape(num_kv_heads) if per_head else stored.reshape(())
+    scales = stored.reshape(-1, 1)
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise tensors.error(
-            f"tensor {suffix} is {scales.tolist()}; scales must be finite and above zero", suffix
+            f"tensor {suffix} is {scales.ravel().tolist()}; scales must be finite and above zero",
+            suffix,
         )
     return scales
