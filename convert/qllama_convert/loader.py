@@ -17,7 +17,7 @@ from qllama.quantization.activations import Semantics
 from qllama.quantization.qtensor import QTensor, stack_rows
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.files import first_few
-from qllama_convert.kv_cache import read_kv_scales
+from qllama_convert.kv_scales import read_kv_scales
 from qllama_convert.linear import LinearWeights, read_linear
 from qllama_convert.module_tensors import ModuleTensors
 from qllama_convert.names import (
@@ -90,14 +90,10 @@ class _Builder:
 
     def decoder_layer(self, path: str) -> DecoderLayer:
         attn, mlp = f"{path}.self_attn", f"{path}.mlp"
-        scheme = None if self.quantization is None else self.quantization.kv_cache
-        scales = read_kv_scales(self.checkpoint, attn, scheme, self.config.num_key_value_heads)
-        # [1, 1] or [K, 1]: broadcast over heads and head_dim.
-        k_scale, v_scale = (
-            (None, None)
-            if scales is None
-            else (jnp.asarray(scale.reshape(-1, 1)) for scale in scales)
+        scales = read_kv_scales(
+            self.checkpoint, self.quantization, attn, self.config.num_key_value_heads
         )
+        k_scale, v_scale = jax.tree.map(jnp.asarray, scales)
         return DecoderLayer(
             Attention(
                 self.config,

@@ -54,6 +54,7 @@ class Request:
     submitted: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
     first_token: float | None = None
+    last_token: float | None = None
     finished: float | None = None
 
     @property
@@ -69,7 +70,8 @@ class Request:
 
     def receive(self, burst: Burst) -> None:
         """Append what a dispatch produced and notice the end."""
-        self.first_token = self.first_token or time.monotonic()
+        self.last_token = time.monotonic()
+        self.first_token = self.first_token or self.last_token
         if not burst.finite:
             self.finish("error")
             return

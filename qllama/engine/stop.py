@@ -31,6 +31,11 @@ class StopChecker:
         self._early = min_tokens
         self._held = ""
 
+    @property
+    def active(self) -> bool:
+        """Whether there is any string to look for."""
+        return bool(self._stop)
+
     def step(self, texts: Sequence[str]) -> Checked:
         """Take the texts of the next tokens, one string for each token."""
         given = ""

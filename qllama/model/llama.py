@@ -26,8 +26,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * normed.astype(x.dtype)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
+        if x.dtype == jnp.float32:
+            # XLA's rsqrt is off by a bit, which moves whole rows across the rounding ties that
+            # quantized activations have. The barrier keeps XLA from making one of these two.
+            inverse = 1.0 / jax.lax.optimization_barrier(jnp.sqrt(variance))
+        else:
+            inverse = jax.lax.rsqrt(variance)
+        return self.weight[...] * (wide * inverse).astype(x.dtype)
 
 
 class Attention(nnx.Module):
