@@ -1,0 +1,4 @@
+"""How the demo model is made: `python -m qllama.demo.train --text DIR --out DIR`.
+
+On one GPU it takes minutes. Nothing of this is needed to run the model.
+"""
