@@ -147,8 +147,9 @@ def read_g_idx(
     if np.array_equal(g_idx, np.arange(k) // size):
         return None
     if not spec.act_order:
-        tensors.checkpoint.warn(
-            f"{suffix} reorders columns although the config says no activation order; it is used"
+        tensors.warn(
+            f"{suffix} reorders columns although the config says no activation order; it is used",
+            once=True,
         )
     return g_idx
 

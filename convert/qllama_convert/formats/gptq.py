@@ -219,9 +219,10 @@ def _zeros(
     if (stored == half - spec.zero_offset).all():
         return None
     if (stored == half - (1 - spec.zero_offset)).all():
-        tensors.checkpoint.warn(
+        tensors.warn(
             "qzeros are those of the other version of the GPTQ format than checkpoint_format "
-            f"says; with sym the zero point is {half} in both, so the weights are right"
+            f"says; with sym the zero point is {half} in both, so the weights are right",
+            once=True,
         )
         return None
     raise tensors.error(
