@@ -181,7 +181,8 @@ def test_ignored_modules(tmp_path: Path, ignore: list[str]) -> None:
 
 
 def test_nothing_ignored_and_everything_ignored(tmp_path: Path) -> None:
-    for ignore in (None, []):
+    nothing: tuple[Any, ...] = (None, [])
+    for ignore in nothing:
         found = specs(grouped({"a": ["Linear"]}, ignore=ignore), tmp_path, [Q_PROJ, "lm_head"])
         assert found.keys() == {Q_PROJ, "lm_head"}
     assert not specs(grouped({"a": ["Linear"]}, ignore=["Linear"]), tmp_path, [Q_PROJ])

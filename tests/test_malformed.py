@@ -213,6 +213,16 @@ def both(*edits: Edit) -> Edit:
     return edit
 
 
+def nan_byte(byte: int) -> Edit:
+    """Put a byte into the codes."""
+
+    def function(codes: np.ndarray) -> np.ndarray:
+        codes.view(np.uint8)[2, 5] = byte
+        return codes
+
+    return change("weight", function)
+
+
 def replace_config(value: Any) -> Edit:
     return lambda made: made.config.update(quantization_config=value)
 
@@ -371,7 +381,7 @@ CASES = [
     Case(18, "nvfp4", "tiny_global", at("weight_global_scale", 0, 1e-45), "infinite"),
     *(Case(18, base, f"input_{value}", at("input_scale", ..., value), Q_PROJ, "input_scale is")
       for base in ("ct_fp8", "autofp8") for value in (0.0, np.nan, np.inf, -1.0)),
-    *(Case(19, base, hex(byte), change("weight", lambda w, byte=byte: nan_at(w, byte)),
+    *(Case(19, base, hex(byte), nan_byte(byte),
            Q_PROJ, "1 NaN values, the first at [2, 5]")
       for base in ("ct_fp8", "autofp8", "fbgemm") for byte in (0x7F, 0xFF)),
     Case(19, "mxfp4", "exponent", at("weight_scale", (2, 5), 255), "1 NaN exponents", "[2, 5]"),
@@ -433,11 +443,6 @@ CASES = [
     Case(35, "autofp8", "static_block", config(weight_block_size=[128, 128]),
          "activation_scheme must be dynamic"),
 ]  # fmt: skip
-
-
-def nan_at(weight: np.ndarray, byte: int) -> np.ndarray:
-    weight.view(np.uint8)[2, 5] = byte
-    return weight
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

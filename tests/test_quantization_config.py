@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0,
           "modules_to_not_convert": ["lm_head"]}  # fmt: skip
 
 
-def outline(config: Any, packed: list[str], plain: list[str] | None = None, **files: Any) -> Draft:
+def outline(config: Any, packed: list[str], plain: Sequence[str] = (), files: Any = None) -> Draft:
     """A checkpoint by tensor names alone: some Linears packed as by GPTQ and AWQ, some plain."""
     tensors = {f"{path}.qweight": np.zeros((1, 1), np.int32) for path in packed}
     tensors |= {f"{path}.qzeros": np.zeros((1, 1), np.int32) for path in packed}
-    tensors |= {f"{path}.weight": np.zeros((1, 1), BF16) for path in plain or []}
+    tensors |= {f"{path}.weight": np.zeros((1, 1), BF16) for path in plain}
     tensors["model.norm.weight"] = np.zeros(1, BF16)
-    shapes = dict.fromkeys([*packed, *(plain or [])], (128, 128))
-    named = {f"{name}.json": content for name, content in files.items()}
+    shapes = dict.fromkeys([*packed, *plain], (128, 128))
+    named = {f"{name}.json": content for name, content in (files or {}).items()}
     return Draft({"quantization_config": config}, tensors, shapes, named)
 
 
@@ -92,7 +92,7 @@ def test_the_first_config_that_is_there_counts(tmp_path: Path) -> None:
 def test_a_sidecar_alone_is_enough(
     tmp_path: Path, name: str, sidecar: dict[str, Any], method: str
 ) -> None:
-    quantization = parse(outline(None, [Q_PROJ], **{name: sidecar}), tmp_path)
+    quantization = parse(outline(None, [Q_PROJ], files={name: sidecar}), tmp_path)
     assert quantization is not None
     assert quantization.method == method
     scheme = quantization.linears[Q_PROJ].scheme
@@ -104,15 +104,19 @@ def test_a_sidecar_alone_is_enough(
     [("bits", 8), ("group_size", 64), ("desc_act", True), ("sym", False)],
 )
 def test_config_and_sidecar_must_agree(tmp_path: Path, key: str, value: Any) -> None:
-    message = refusal(outline(GPTQ, [Q_PROJ], quantize_config=GPTQ | {key: value}), tmp_path)
+    message = refusal(
+        outline(GPTQ, [Q_PROJ], files={"quantize_config": GPTQ | {key: value}}), tmp_path
+    )
     assert f"quantization_config.{key} is" in message
     assert f"quantize_config.json: {key}" in message
 
 
 def test_config_and_sidecar_may_spell_differently(tmp_path: Path) -> None:
     sidecar = {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}
-    assert specs(outline(AWQ, [Q_PROJ], quant_config=sidecar), tmp_path)
-    message = refusal(outline(AWQ, [Q_PROJ], quant_config=sidecar | {"w_bit": 8}), tmp_path)
+    assert specs(outline(AWQ, [Q_PROJ], files={"quant_config": sidecar}), tmp_path)
+    message = refusal(
+        outline(AWQ, [Q_PROJ], files={"quant_config": sidecar | {"w_bit": 8}}), tmp_path
+    )
     assert "bits is 4" in message
 
 
@@ -498,7 +502,7 @@ BASES = {
     "fp8": FP8 | {"weight_block_size": None, "kv_cache_scheme": "static", "fmt": "e4m3"},
     "fbgemm_fp8": FBGEMM,
 }  # fmt: skip
-JUNK = st.sampled_from([
+JUNK: st.SearchStrategy[Any] = st.sampled_from([
     None, True, False, 0, 1, -1, 2, 3, 128, 10**30, 10**4000, 0.5, float("nan"), float("inf"),
     "", "re:(", "re:.*", "group", "gptq", "\ud800", "Linear", [], [[]], [None], ["a"], [1, 2],
     {}, {"a": {}}, {"": None}, {"targets": None}, {"apply": 1},
