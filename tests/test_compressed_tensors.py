@@ -22,10 +22,10 @@ from drafts import (
     single,
     words,
 )
-from qllama_convert.compressed_tensors import PRESETS
 from qllama_convert.formats import LinearSpec, naive_quantized, pack_quantized
 from qllama_convert.names import linear_shapes
 from qllama_convert.quantization_args import QuantizationArgs, parse_args
+from qllama_convert.quantization_scheme import PRESETS
 from qllama_convert.section import Section
 
 from qllama.config import LlamaConfig
