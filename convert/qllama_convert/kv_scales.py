@@ -72,7 +72,9 @@ def read_kv_scales(
             return k, v
     if scheme is None:
         return None, None
-    checkpoint.warn("kv_cache_scheme is set, but layers have no k_scale and v_scale: 1.0 is used")
+    modules[""].warn(
+        "kv_cache_scheme is set, but layers have no k_scale and v_scale: 1.0 is used", once=True
+    )
     one = np.ones((1 if scheme.strategy == "tensor" else num_kv_heads, 1), np.float32)
     return one, one
 

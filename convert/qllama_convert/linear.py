@@ -23,8 +23,6 @@ from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 from qllama_convert.quantization_config import Quantization
 
-__all__ = ["LinearWeights", "ModuleTensors", "read_linear"]
-
 _READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTensor]] = {
     "gptq": gptq.read,
     "awq": awq.read,

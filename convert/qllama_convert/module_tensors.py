@@ -103,6 +103,7 @@ class ModuleTensors:
         where = ", ".join(sorted(files)) or "weight files"
         return CheckpointError(f"{self.checkpoint.folder}: {where}: {self.path}: {message}")
 
-    def warn(self, message: str) -> None:
-        """Tell the user something about this module that is no error."""
-        self.checkpoint.warn(f"{self.checkpoint.folder}: {self.path}: {message}")
+    def warn(self, message: str, *, once: bool = False) -> None:
+        """Tell the user what is odd but no error; `once` for all modules with the same oddity."""
+        where = "" if once else f"{self.path}: "
+        self.checkpoint.warn(f"{self.checkpoint.folder}: {where}{message}")

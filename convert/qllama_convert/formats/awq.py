@@ -19,6 +19,7 @@ from qllama_convert.formats import LinearSpec
 from qllama_convert.formats.companions import check_columns_divide
 from qllama_convert.formats.gptq import grouped_scheme, is_packed
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
+from qllama_convert.names import LM_HEAD
 from qllama_convert.section import Section
 
 _NIBBLE_OF_LANE = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -46,9 +47,9 @@ def parse(
     for path in linears:
         if any(part in path for part in excluded):
             continue
-        if path == "lm_head" and "lm_head" in config:
+        if path == LM_HEAD and "lm_head" in config:
             quantized = config.boolean("lm_head", False)
-        elif excluded and path != "lm_head":
+        elif excluded and path != LM_HEAD:
             quantized = True
         else:
             quantized = is_packed(checkpoint, path)

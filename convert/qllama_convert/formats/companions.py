@@ -98,7 +98,7 @@ def accept_zero(tensors: ModuleTensors, suffix: str) -> None:
 
 def refuse_nonzero(tensors: ModuleTensors, suffix: str, zeros: np.ndarray) -> None:
     """Raise if a symmetric scheme has zero points that are not zero."""
-    if zeros.astype(np.int16).any():
+    if (zeros != 0).any():
         raise tensors.error(
             f"tensor {suffix} is not all zero, but the config says symmetric", suffix
         )
@@ -109,7 +109,8 @@ def write_static_input(weight: QTensor) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     if weight.input_scale is not None:
         scale = np.asarray(weight.input_scale).reshape(1)
-        narrow = scale.astype(weight.scales.dtype)
+        with np.errstate(over="ignore"):
+            narrow = scale.astype(weight.scales.dtype)
         exact = np.array_equal(narrow.astype(np.float32), scale)
         arrays["input_scale"] = narrow if exact else scale
     if weight.input_zero is not None:
@@ -147,8 +148,9 @@ def read_g_idx(
     if np.array_equal(g_idx, np.arange(k) // size):
         return None
     if not spec.act_order:
-        tensors.checkpoint.warn(
-            f"{suffix} reorders columns although the config says no activation order; it is used"
+        tensors.warn(
+            f"{suffix} reorders columns although the config says no activation order; it is used",
+            once=True,
         )
     return g_idx
 

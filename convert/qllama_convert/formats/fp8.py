@@ -17,6 +17,7 @@ from qllama.quantization.scheme import ActivationScheme, QuantScheme
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec, naive_quantized
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
+from qllama_convert.names import LM_HEAD
 from qllama_convert.section import Section
 
 _SCALES = ("weight_scale", "weight_scale_inv")
@@ -71,9 +72,9 @@ def quantized_paths(
     for name in ignored:
         parent, _, last = name.rpartition(".")
         names.update(f"{parent}.{part}" for part in _FUSED.get(last, ()))
-    head = checkpoint.tensors.get("lm_head.weight")
+    head = checkpoint.tensors.get(f"{LM_HEAD}.weight")
     if head is None or head.dtype in FLOATS:
-        names.add("lm_head")
+        names.add(LM_HEAD)
     return [path for path in linears if path not in names]
 
 

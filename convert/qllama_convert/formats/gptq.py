@@ -22,6 +22,7 @@ from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec
 from qllama_convert.formats.companions import read_g_idx
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
+from qllama_convert.names import LM_HEAD
 from qllama_convert.patterns import compile_pattern
 from qllama_convert.section import Section
 
@@ -49,13 +50,13 @@ def parse(
         override = next((layer for pattern, layer in overrides if pattern.match(path)), config)
         if override is None or (fragments and not any(part in path for part in fragments)):
             continue
-        if path == "lm_head" and "lm_head" in config:
+        if path == LM_HEAD and "lm_head" in config:
             quantized = config.boolean("lm_head", False)
         elif fragments:
             quantized = True
         else:
             quantized = is_packed(checkpoint, path)
-            undecided += path != "lm_head"
+            undecided += path != LM_HEAD
         if quantized:
             specs[path] = _spec(override, config, zero_offset)
     if undecided and not specs:
@@ -219,9 +220,10 @@ def _zeros(
     if (stored == half - spec.zero_offset).all():
         return None
     if (stored == half - (1 - spec.zero_offset)).all():
-        tensors.checkpoint.warn(
+        tensors.warn(
             "qzeros are those of the other version of the GPTQ format than checkpoint_format "
-            f"says; with sym the zero point is {half} in both, so the weights are right"
+            f"says; with sym the zero point is {half} in both, so the weights are right",
+            once=True,
         )
         return None
     raise tensors.error(
