@@ -1,1 +1,30 @@
-"""Quantized Llama 3 in JAX."""
+"""Quantized Llama 3 in JAX: run, make and check INT4, INT8 and FP8 checkpoints."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qllama.engine.sampling_params import SamplingParams
+    from qllama.errors import CheckpointError
+    from qllama.llm import LLM, generate
+
+__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate"]
+
+# Resolved when first used, so that `import qllama` costs next to nothing.
+_HOMES = {
+    "LLM": "qllama.llm",
+    "CheckpointError": "qllama.errors",
+    "SamplingParams": "qllama.engine.sampling_params",
+    "generate": "qllama.llm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qllama' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`LLM`: a checkpoint, loaded, and everything a user does with it. Names and meanings are vLLM's."""
+"""`LLM`: a checkpoint, loaded, and all that a user does with it. Names and meanings are vLLM's."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence

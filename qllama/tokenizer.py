@@ -19,6 +19,8 @@ def load_tokenizer(folder: str | Path) -> Any | None:
     folder = Path(folder)
     if not any(os.path.lexists(folder / name) for name in TOKENIZER_FILES):
         return None
+    # Else transformers tells every user that it found no PyTorch, which qllama does without.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:
