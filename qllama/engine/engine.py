@@ -50,6 +50,8 @@ class Engine:
 
         Abandoning the iterator abandons the requests.
         """
+        if not requests:
+            return
         waiting = deque(requests)
         runner = self.runner
         runner.reset(self._row_count(requests), Features.of(requests))
