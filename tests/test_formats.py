@@ -1,6 +1,7 @@
 """Every on-disk format: golden weights, the byte examples of their sources, exact round trips."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -530,6 +531,20 @@ def test_round_trip_of_one_code_per_element(
     weight = a_weight(weight_dtype, strategy, (6, 8), symmetric=symmetric, activations=activations)
     made = single((6, 8), compressed_config(weight, name), naive_quantized.write(weight))
     assert_same_weight(load_quantized(made, tmp_path), weight)
+
+
+def test_an_input_scale_is_rounded_by_no_writer(tmp_path: Path) -> None:
+    weight = a_weight("int8", "channel", (4, 8), activations=STATIC)
+    for scale in (0.1, 1e30):
+        weight = replace(weight, input_scale=np.array(scale, np.float32))
+        for scales in (weight.scales, weight.scales.astype(np.float16)):
+            weight = replace(weight, scales=scales)
+            made = single(
+                (4, 8),
+                compressed_config(weight, "int-quantized"),
+                naive_quantized.write(weight),
+            )
+            assert_same_weight(load_quantized(made, tmp_path), weight)
 
 
 @pytest.mark.parametrize("act_order", [False, True])

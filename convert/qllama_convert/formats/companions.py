@@ -124,8 +124,8 @@ def read_g_idx(
     """The group of every column, int32 `[K]`; None when it is simply `k // group_size`.
 
     Raises:
-        CheckpointError: missing although the config says activation order; a group that does
-            not exist; more columns in a group than its size.
+        CheckpointError: missing although the config says activation order, or a group that does
+            not exist.
     """
     if suffix not in tensors and not spec.act_order:
         return None
@@ -139,11 +139,6 @@ def read_g_idx(
             f"tensor {suffix} puts column {first} in group {g_idx[first]}, but there are "
             f"{groups} groups",
             suffix,
-        )
-    largest = int(np.bincount(g_idx).max())
-    if largest > size:
-        raise tensors.error(
-            f"tensor {suffix} puts {largest} columns in one group of at most {size}", suffix
         )
     if np.array_equal(g_idx, np.arange(k) // size):
         return None
