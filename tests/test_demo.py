@@ -65,11 +65,11 @@ TINY = {
     **ARCHITECTURE,
     "hidden_size": 128,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-SETTINGS = Settings(steps=6, batch=2, length=32, vocab_size=300, evaluate_every=2, rounding=0.5)
+SETTINGS = Settings(steps=6, batch=2, length=32, vocab_size=300, evaluate_every=3, rounding=0.5)
 
 
 def load(folder: Path) -> Llama:
@@ -136,19 +136,17 @@ def test_packaged_model_is_w4a16_but_for_the_head() -> None:
         assert config.rope_scaling.rope_type == "llama3"
 
 
-def test_packaged_model_reaches_the_perplexity_its_card_states(
+def test_packaged_model_has_a_perplexity(
     packaged: Llama, packaged_tokenizer: Any, fixtures_dir: Path
 ) -> None:
-    card = (demo.model_path() / "README.md").read_text()
-    found = re.search(r"W4A16, as stored\*\* \| \*\*([\d.]+)\*\*", card)
-    assert found is not None
-    stated = float(found[1])
-    # The opening of the same novel; how far one part may lie from the whole was measured.
     text = (fixtures_dir / "eval_text.txt").read_text()
-    ids = packaged_tokenizer.encode(text, add_special_tokens=False)
-    pieces = windows(np.array(ids, np.int32), 1024)[:2]
-    loss = training.mean_loss(packaged, jnp.asarray(pieces))
-    assert 0.7 * stated < math.exp(loss) < 1.4 * stated
+    ids = packaged_tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    loss = training.mean_loss(packaged, jnp.asarray(windows(np.array(ids, np.int32), 1024)))
+    # transformers 5.17 with torch, float32, on these four windows. They hold the roll of names and
+    # dates that the novel opens with; the card's figure is that of the whole novel.
+    assert math.exp(loss) == pytest.approx(88.2535, rel=1e-4)
+    card = (demo.model_path() / "README.md").read_text()
+    assert re.search(r"W4A16, as stored\*\* \| \*\*66\.91\*\*", card)
 
 
 def test_packaged_tokenizer_is_like_llama_3(packaged_tokenizer: Any) -> None:
@@ -276,7 +274,7 @@ def test_tokenizer_files_are_those_transformers_reads(tmp_path: Path) -> None:
     assert theirs.encode("fine day") == tokenizer.encode("fine day").ids
 
 
-def test_dropout_keeps_the_mean_and_zero_of_it_changes_nothing() -> None:
+def test_dropout_follows_its_key_and_zero_of_it_changes_nothing() -> None:
     config = LlamaConfig.from_hf(
         {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 32, **TINY}
     )
@@ -308,7 +306,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(
 
     def power_cut(*arguments: Any) -> np.ndarray:
         calls.append(arguments)
-        if len(calls) == 4:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return sample_batch(*arguments)
 
@@ -332,8 +330,9 @@ def test_a_run_exports_the_weights_it_measured(
     exported = load(folder)
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines() if line[:7].strip().isdigit()] == [
-        "2", "4", "6",
-    ]  # fmt: skip
+        "3",
+        "6",
+    ]
     found = re.search(r"rounded to W4A16 ([\d.]+)", printed)
     assert found is not None
     card = (folder / "README.md").read_text()
