@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "UNQUANTIZED": {},
     "W4A16": {"weights": _INT4},
     "W4A16_ASYM": {"weights": _INT4 | {"symmetric": False}},
-    "W8A16": {"weights": _INT8_CHANNEL},
+    "W8A16": {"weights": _INT4 | {"num_bits": 8}},
     "W4A8": {"weights": _INT4, "input_activations": _INT8_TOKEN},
     "W4AFP8": {"weights": _INT4, "input_activations": _INT8_TOKEN | {"type": "float"}},
     "W8A8": _W8A8,

@@ -59,18 +59,18 @@ def quantize_activations(
         if scheme.upper_bound is not None:
             absmax = jnp.minimum(absmax, scheme.upper_bound)
         if exact:
-            scale = _divide(absmax, FP8_MAX)
+            scale = divide(absmax, FP8_MAX)
             scale = jnp.where(scale == 0, eps, scale)
         else:
             scale = jnp.maximum(absmax / FP8_MAX, FP8_MIN_SCALE)
-        divide = exact or scheme.strategy == "group"
-        scaled = _divide(groups, scale) if divide else groups * (1.0 / scale)
+        exact |= scheme.strategy == "group"
+        scaled = divide(groups, scale) if exact else groups * (1.0 / scale)
         scale = scale[..., 0] if scheme.group_size is not None else scale
         scaled = scaled.reshape(x.shape)
     else:
         assert input_scale is not None
         scale = input_scale.astype(jnp.float32)
-        scaled = _divide(x, scale) if exact else x * (1.0 / scale)
+        scaled = divide(x, scale) if exact else x * (1.0 / scale)
     return QuantizedInput(to_float8(scaled), scale, None)
 
 
@@ -92,29 +92,29 @@ def _to_int8(
         assert input_scale is not None
         scale = input_scale.astype(jnp.float32)
         zero = None if input_zero is None else input_zero.astype(jnp.int32)
-        codes = jnp.round(_divide(x, scale))
+        codes = jnp.round(divide(x, scale))
     elif scheme.symmetric:
         absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         if eps is None:
             scale = absmax / 127.0
             codes = jnp.round(x * jnp.where(absmax > 0, 127.0 / absmax, 0.0))
         else:
-            scale = _divide(absmax, 127.5)
+            scale = divide(absmax, 127.5)
             scale = jnp.where(scale == 0, eps, scale)
-            codes = jnp.round(jnp.clip(_divide(x, scale), -128.0, 127.0))
+            codes = jnp.round(jnp.clip(divide(x, scale), -128.0, 127.0))
     else:
         low = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
         high = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0)
-        scale = (high - low) / 255.0
+        scale = divide(high - low, 255.0)
         scale = jnp.where(scale == 0, 1.0 if eps is None else eps, scale)
-        zero = jnp.clip(jnp.round(-128.0 - low / scale), -128, 127).astype(jnp.int32)
-        codes = jnp.round(_divide(x, scale))
+        zero = jnp.clip(jnp.round(-128.0 - divide(low, scale)), -128, 127).astype(jnp.int32)
+        codes = jnp.round(divide(x, scale))
     if zero is not None:
         codes = codes + zero.astype(jnp.float32)
     return QuantizedInput(jnp.clip(codes, -128, 127).astype(jnp.int8), scale, zero)
 
 
-def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
+def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     """The quotient, correctly rounded.
 
     XLA multiplies by the reciprocal where it sees that `y` is broadcast, which is off by a bit for

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from qllama_kernels.packing import pack_int4
 
-from qllama.quantization.activations import FP8_MAX, to_float8
+from qllama.quantization.activations import FP8_MAX, divide, to_float8
 from qllama.quantization.qtensor import Array, QTensor
 from qllama.quantization.scheme import QuantScheme
 
@@ -66,15 +66,15 @@ def quantize_rtn(
     high = jnp.maximum(jnp.max(blocks, axis=(1, 3), keepdims=True), 0.0)
     smallest, largest = _code_range(scheme)
     if scheme.symmetric:
-        scale = rounded(_divide(jnp.maximum(-low, high), (largest - smallest) / 2))
+        scale = rounded(divide(jnp.maximum(-low, high), (largest - smallest) / 2))
     else:
-        scale = rounded(_divide(rounded(high - low), largest - smallest))
+        scale = rounded(divide(rounded(high - low), largest - smallest))
     scale = jnp.where(scale == 0, float(jnp.finfo(weight.dtype).eps), scale)
 
-    codes = rounded(_divide(blocks, scale))
+    codes = rounded(divide(blocks, scale))
     zero = None
     if not scheme.symmetric:
-        zero = rounded(smallest - rounded(_divide(low, scale)))
+        zero = rounded(smallest - rounded(divide(low, scale)))
         zero = jnp.round(jnp.clip(zero, smallest, largest))
         codes = rounded(codes + zero)
     codes = jnp.clip(codes, smallest, largest).reshape(-1, k)[:n]
@@ -90,12 +90,6 @@ def quantize_rtn(
         shape=(n, k),
     )
     return jax.device_get(quantized) if isinstance(weight, np.ndarray) else quantized
-
-
-def _divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
-    # XLA turns division by a broadcast value into a product with its reciprocal, which can be an
-    # ulp off and so flip the rounding of a block's largest weight, which lies at a tie.
-    return x / lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
 
 
 def _round_to(dtype: str, x: jax.Array) -> jax.Array:

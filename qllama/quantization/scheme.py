@@ -124,7 +124,7 @@ W4A16 = QuantScheme(weight_dtype="int4", strategy="group", group_size=128)
 PRESETS: dict[str, QuantScheme] = {
     "W4A16": W4A16,
     "W4A16_ASYM": replace(W4A16, symmetric=False),
-    "W8A16": QuantScheme(weight_dtype="int8", strategy="channel"),
+    "W8A16": QuantScheme(weight_dtype="int8", strategy="group", group_size=128),
     "W8A8": QuantScheme(weight_dtype="int8", strategy="channel", activations=_INT8_PER_TOKEN),
     "FP8": QuantScheme(weight_dtype="float8_e4m3fn", strategy="tensor", activations=_FP8_STATIC),
     "FP8_DYNAMIC": QuantScheme(
