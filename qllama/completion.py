@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qllama.engine import request as engine
 from qllama.engine.detokenizer import Detokenizer
-from qllama.engine.request import Burst, Request
+from qllama.engine.request import Burst, Request, TopLogprobs
 from qllama.engine.stop import StopChecker
 from qllama.outputs import (
     CompletionOutput,
@@ -153,7 +152,7 @@ class Job:
         )
 
 
-def _position(token: int, at: engine.PositionLogprobs, tokenizer: Any | None) -> PositionLogprobs:
+def _position(token: int, at: TopLogprobs, tokenizer: Any | None) -> PositionLogprobs:
     """The engine's record of one position, the token there first, with decoded tokens."""
 
     def logprob(token: int, value: float, rank: int) -> Logprob:

@@ -1,9 +1,8 @@
 """What a request gives back, with vLLM's names (`vllm/outputs.py`, `vllm/logprobs.py`)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+from qllama.engine.request import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ import numpy as np
 
 from qllama.engine.sampling_params import SamplingParams
 
+# "error": the logits were not finite, so there was nothing to choose from.
 FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True)
-class PositionLogprobs:
+class TopLogprobs:
     """Log probabilities at one position: of the token there, and of the most likely ones."""
 
     logprob: float  # of the token there
@@ -27,7 +28,7 @@ class Burst:
     """What one dispatch produced for one request."""
 
     tokens: list[int]
-    logprobs: list[PositionLogprobs]  # empty unless asked for
+    logprobs: list[TopLogprobs]  # empty unless asked for
     finite: bool = True  # False: the logits held NaN, and the tokens mean nothing
 
 
@@ -48,7 +49,7 @@ class Request:
     on_burst: Callable[[Burst], int | None] = lambda burst: None
 
     output: list[int] = field(default_factory=list)
-    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)  # from the second token
+    prompt_logprobs: list[TopLogprobs] = field(default_factory=list)  # from the second token
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token that is not an end token
     submitted: float = field(default_factory=time.monotonic)

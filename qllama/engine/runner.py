@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from qllama.engine.buckets import bucket
-from qllama.engine.request import Burst, PositionLogprobs, Request
+from qllama.engine.request import Burst, Request, TopLogprobs
 from qllama.engine.sampler import (
     Penalties,
     SampleOutput,
@@ -460,9 +460,9 @@ def _burst(request: Request, output: SampleOutput, places: Sequence[tuple[int, .
     )
 
 
-def _at(logprobs: TokenLogprobs | None, place: tuple[int, ...], count: int) -> PositionLogprobs:
+def _at(logprobs: TokenLogprobs | None, place: tuple[int, ...], count: int) -> TopLogprobs:
     assert logprobs is not None
-    return PositionLogprobs(
+    return TopLogprobs(
         logprob=float(logprobs.logprob[place]),
         rank=int(logprobs.rank[place]),
         top_ids=tuple(logprobs.top_ids[place][:count].tolist()),

@@ -1,0 +1,178 @@
+"""The engine: rows, shapes and programs; what a broken sequence does to its neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qllama.config import LlamaConfig
+from qllama.engine.buckets import bucket
+from qllama.engine.engine import Engine
+from qllama.engine.request import Request
+from qllama.engine.runner import Features, Runner
+from qllama.engine.sampling_params import SamplingParams
+from qllama.model.init import init_llama
+
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+def make_runner() -> Runner:
+    model = init_llama(CONFIG, jax.random.key(0))
+    model.embed_tokens[...] = model.embed_tokens[...] * 50  # so that logits have structure
+    return Runner(model, cache_dtype=jnp.float32, steps=4)
+
+
+def make_engine(runner: Runner, **limits: int) -> Engine:
+    defaults = {
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "max_cache_tokens": 4096,
+    }
+    return Engine(runner, **(defaults | limits))
+
+
+def request(length: int, seed: int = 0, params: SamplingParams = GREEDY) -> Request:
+    prompt = np.random.default_rng([seed, length]).integers(1, 97, length).astype(np.int32)
+    return Request(prompt=prompt, params=params, seed=(seed, 0), max_tokens=params.max_tokens or 1)
+
+
+def run(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    for _ in engine.run(requests):
+        pass
+    return [request.output for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (1000, 1024)]
+)
+def test_bucket(size: int, expected: int) -> None:
+    assert bucket(size) == expected
+    assert bucket(size, smallest=16) == max(expected, 16)
+    assert bucket(size, largest=20) == min(expected, 20)
+
+
+def test_output_does_not_depend_on_rows_chunks_or_capacity() -> None:
+    runner = make_runner()
+    lengths = [3, 40, 17, 90, 5, 33, 64, 1]
+    alone = [run(make_engine(runner), [request(n)])[0] for n in lengths]
+    for limits in (
+        {},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 8, "max_num_batched_tokens": 128},
+        {"max_num_batched_tokens": 16},
+        {"max_cache_tokens": 256},  # room for one long row
+    ):
+        assert run(make_engine(runner, **limits), [request(n) for n in lengths]) == alone
+
+
+def test_rows_fit_into_the_cache_that_there_is_room_for() -> None:
+    runner = make_runner()
+    engine = make_engine(runner, max_num_seqs=8, max_cache_tokens=300)
+    run(engine, [request(n) for n in (100, 5, 6)])  # 120 tokens each at most: two rows of 128
+    assert runner.cache is not None
+    rows, _, _, capacity, _ = runner.cache.layers[0].shape
+    assert rows * capacity <= 300
+    assert rows == 2
+
+
+def test_a_second_run_compiles_nothing() -> None:
+    runner = make_runner()
+    engine = make_engine(runner)
+    lengths = [3, 40, 17, 90, 5]
+    run(engine, [request(n) for n in lengths])
+    known = set(runner.programs)
+    run(engine, [request(n, seed=1) for n in lengths])
+    assert set(runner.programs) == known
+
+
+def test_a_sequence_that_is_not_finite_ends_and_harms_nobody() -> None:
+    runner = make_runner()
+    engine = make_engine(runner)
+    healthy = run(engine, [request(n) for n in (9, 20)])
+    poison = 13
+    leaves = list(runner.leaves)
+    table = next(i for i, leaf in enumerate(leaves) if leaf.shape == (97, 32))
+    leaves[table] = leaves[table].at[poison].set(jnp.nan)
+    runner.leaves = leaves
+    first, second = request(9), request(20)
+    if poison in [*first.prompt, *second.prompt, *healthy[0], *healthy[1]]:
+        pytest.fail("choose another token to poison")
+    sick = request(7)
+    sick.prompt[3] = poison
+    for _ in engine.run([first, sick, second]):
+        pass
+    assert sick.finish_reason == "error"
+    assert sick.output == []
+    assert [first.output, second.output] == healthy
+    later = [request(9), request(20), request(9)]  # one of them in the sick row
+    assert run(engine, later) == [healthy[0], healthy[1], healthy[0]]
+
+
+def test_features_are_the_least_that_serves_all() -> None:
+    def of(**options: object) -> Features:
+        return Features.of([request(3), request(3, params=SamplingParams(**options))])  # type: ignore[arg-type]
+
+    assert of(temperature=0).variant == "greedy"
+    assert of(temperature=0.5).variant == "sample"
+    assert of(temperature=0, presence_penalty=1).variant == "full"
+    assert of(logprobs=3).num_logprobs == 3
+    assert of(prompt_logprobs=0).num_prompt_logprobs == 0
+    assert of(stop_token_ids=list(range(9))).num_stop_ids == 16
+
+
+def decode_text(runner: Runner, monkeypatch: pytest.MonkeyPatch, **limits: int) -> str:
+    """The optimized program of the last decode that `runner` compiled."""
+    run(make_engine(runner, **limits), [request(5), request(6)])
+    (key,) = [key for key in runner.programs if key[0] == "decode"]
+    return runner.programs[key].as_text()
+
+
+def test_decode_copies_no_cache_and_asks_the_host_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = make_runner()
+    text = decode_text(runner, monkeypatch)
+    assert runner.cache is not None
+    shape = ",".join(map(str, runner.cache.layers[0].shape))
+    copies = [line for line in text.splitlines() if f"f32[{shape}]" in line and " copy(" in line]
+    assert copies == []
+    assert " conditional(" not in text
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert all("known_trip_count" in line for line in loops)
+
+
+def test_a_stop_string_frees_the_row_at_once() -> None:
+    engine = make_engine(make_runner(), max_num_seqs=1)
+    stopped, after = request(5), request(6)
+    expected = run(make_engine(make_runner()), [request(6)])[0]
+    stopped.on_burst = lambda burst: 1
+    assert run(engine, [stopped, after]) == [stopped.output, expected]
+    assert len(stopped.output) == 1
+    assert stopped.finish_reason == "stop"
+
+
+def test_on_compile_is_told_the_programs() -> None:
+    import contextlib
+
+    names: list[str] = []
+
+    @contextlib.contextmanager
+    def remember(name: str):  # type: ignore[no-untyped-def]
+        names.append(name)
+        yield
+
+    model = init_llama(CONFIG, jax.random.key(0))
+    runner = Runner(model, cache_dtype=jnp.float32, steps=4, on_compile=remember)
+    run(make_engine(runner), [request(5)])
+    assert names == ["set_rows", "prefill", "decode"]
