@@ -17,8 +17,18 @@ from qllama_kernels.reference import (
 )
 
 
+def for_product(x: jax.Array) -> jax.Array:
+    """`x` in a dtype that the device multiplies: XLA's CPU lacks some products of 16-bit floats.
+
+    Widening changes no result: such products are summed in float32 anyway.
+    """
+    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
+    return x.astype(jnp.float32) if narrow and jax.default_backend() == "cpu" else x
+
+
 def dot(x: jax.Array, weight: jax.Array, accumulate: jnp.dtype | type) -> jax.Array:
     """`x [..., K] · weight [N, K]ᵀ`, summed in `accumulate`, at the ambient matmul precision."""
+    x, weight = for_product(x), for_product(weight)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return lax.dot_general(x, weight, contract, preferred_element_type=accumulate)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from qllama_kernels.xla import for_product
 
 from qllama.config import LlamaConfig
 from qllama.quantization.activations import to_float8
@@ -83,8 +84,9 @@ def attend(
     """
     batch, length, heads, head_dim = queries.shape
     kv_heads, capacity = entries.shape[2:4]
-    grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    entries = entries.astype(queries.dtype)
+    grouped = for_product(queries)
+    grouped = grouped.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    entries = entries.astype(grouped.dtype)
     keys, values = entries[:, 0], entries[:, 1]
     scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * head_dim**-0.5
@@ -92,7 +94,7 @@ def attend(
         scores = scores * k_scale[..., None, None]
     visible = jnp.arange(capacity) <= positions[:, :, None]  # [B, T, S]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(grouped.dtype)
     out = jnp.einsum("bkgts,bksh->btkgh", weights, values, preferred_element_type=jnp.float32)
     if v_scale is not None:
         out = out * v_scale[:, None]
