@@ -42,7 +42,7 @@ def free_memory() -> int:
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"] - WORKSPACE
-    return _available_host_memory() // 2
+    return available_host_memory() // 2
 
 
 def peak_memory() -> int:
@@ -55,7 +55,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _available_host_memory() -> int:
+def available_host_memory() -> int:
+    """Bytes of host memory that the system calls available."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

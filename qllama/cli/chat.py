@@ -1,0 +1,9 @@
+SUMMARY = "x"
+
+
+def configure_parser(p):
+    pass
+
+
+def run(a):
+    pass
