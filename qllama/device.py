@@ -15,12 +15,23 @@ def set_up_devices(gpu_memory_utilization: float) -> None:
 
     The memory share has an effect only before JAX touches a device. Settings the user has made
     (environment or `jax.config`) are left alone.
+
+    Raises:
+        RuntimeError: JAX finds no device to run on.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_utilization))
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "qllama" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # a platform that is not installed: the latter
+        platforms = jax.config.jax_platforms
+        raise RuntimeError(
+            f"JAX finds no device to run on (JAX_PLATFORMS={platforms or 'unset'})"
+            + (f": {error}" if str(error) else "; unset it, or install what it names")
+        ) from error
 
 
 def compute_dtype(requested: str, stored: str) -> jnp.dtype:

@@ -18,7 +18,7 @@ from qllama.cli.messages import complain, show_messages
 VERBS = {"generate": generate, "chat": chat, "inspect": inspect, "doctor": doctor}
 
 # How JAX's errors begin that tell of the machine or its settings, not of a mistake in qllama.
-_MACHINE_ERRORS = ("RESOURCE_EXHAUSTED", "Unable to initialize backend", "Unknown backend")
+_MACHINE_ERRORS = ("RESOURCE_EXHAUSTED", "JAX finds no device")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

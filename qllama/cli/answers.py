@@ -1,7 +1,6 @@
 """Text that is written while it is generated."""
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,17 +43,26 @@ def write_stream(
     from qllama.progress import no_progress
 
     texts: list[str] = []
-    last = next(pieces)
+    piece = next(pieces)
     with no_progress(), contextlib.ExitStack() as writing:
         writing.callback(_end_line, texts)
         sys.stdout.write(echo)
-        for last in itertools.chain([last], pieces):
-            texts.append(last.outputs[0].text)
+        while True:
+            texts.append(piece.outputs[0].text)
             sys.stdout.write(texts[-1])
             sys.stdout.flush()
-            if stopped():
-                break
-    return "".join(texts), last
+            if piece.finished or stopped():
+                return "".join(texts), piece
+            piece = next(pieces)
+
+
+def check_finite(output: "RequestOutput") -> None:
+    """Raise `ValueError` if the text ended because the model computed NaN."""
+    if any(completion.finish_reason == "error" for completion in output.outputs):
+        raise ValueError(
+            "the model computed NaN, and the text ended there; --dtype float32 has more range, and "
+            "if that does not help the checkpoint is broken"
+        )
 
 
 def _end_line(texts: list[str]) -> None:

@@ -101,8 +101,13 @@ def diagnose() -> Diagnosis:
     from qllama.device import available_host_memory, set_up_devices
 
     set_by_user = {name: os.environ.get(name) for name in _MEMORY_SETTINGS}
-    set_up_devices(0.9)
-    devices, error = _devices()
+    devices: tuple[Device, ...] = ()
+    error = None
+    try:
+        set_up_devices(0.9)
+        devices = tuple(_devices())
+    except RuntimeError as found:
+        error = str(found)
     compile_cache = _compile_cache()
     driver = _driver()
     return Diagnosis(
@@ -150,22 +155,16 @@ def _driver() -> str | None:
     return next(iter(done.stdout.split()), None)
 
 
-def _devices() -> tuple[tuple[Device, ...], str | None]:
+def _devices() -> Iterator[Device]:
     import jax
 
-    try:
-        devices = jax.local_devices()
-    except RuntimeError as error:
-        return (), " ".join(str(error).split())
-    return tuple(
-        Device(
+    for device in jax.local_devices():
+        yield Device(
             kind=device.device_kind,
             platform=device.platform,
             compute_capability=getattr(device, "compute_capability", None),
             memory=(device.memory_stats() or {}).get("bytes_limit"),
         )
-        for device in devices
-    ), None
 
 
 def _backends() -> Iterator[SchemeBackend]:

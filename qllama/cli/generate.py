@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from qllama.cli.answers import chat_prompt, write_stream
+from qllama.cli.answers import chat_prompt, check_finite, write_stream
 from qllama.cli.options import (
     add_engine_options,
     add_model,
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         _write_json(output) if args.json else _write_numbered(output, text if args.echo else "")
     else:
         _, output = write_stream(llm.stream(prompt, params), echo=text if args.echo else "")
+    check_finite(output)
     if args.stats or args.verbose:
         _report(llm, output, loaded, params.n)
 

@@ -40,7 +40,7 @@ def show_messages(*, verbose: bool) -> Iterator[None]:
         logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = show  # type: ignore[assignment]  # takes them, ignores them
+            warnings.showwarning = show
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
