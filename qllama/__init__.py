@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qllama_convert.inspection import inspect
+
     from qllama.engine.sampling_params import SamplingParams
     from qllama.errors import CheckpointError
     from qllama.llm import LLM, generate
 
-__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate"]
+__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate", "inspect"]
 
 # Resolved when first used, so that `import qllama` costs next to nothing.
 _HOMES = {
@@ -15,6 +17,7 @@ _HOMES = {
     "CheckpointError": "qllama.errors",
     "SamplingParams": "qllama.engine.sampling_params",
     "generate": "qllama.llm",
+    "inspect": "qllama_convert.inspection",
 }
 
 

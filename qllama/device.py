@@ -15,12 +15,23 @@ def set_up_devices(gpu_memory_utilization: float) -> None:
 
     The memory share has an effect only before JAX touches a device. Settings the user has made
     (environment or `jax.config`) are left alone.
+
+    Raises:
+        RuntimeError: JAX finds no device to run on.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_utilization))
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "qllama" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # a platform that is not installed: the latter
+        platforms = jax.config.jax_platforms
+        raise RuntimeError(
+            f"JAX finds no device to run on (JAX_PLATFORMS={platforms or 'unset'})"
+            + (f": {error}" if str(error) else "; unset it, or install what it names")
+        ) from error
 
 
 def compute_dtype(requested: str, stored: str) -> jnp.dtype:
@@ -42,7 +53,7 @@ def free_memory() -> int:
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"] - WORKSPACE
-    return _available_host_memory() // 2
+    return available_host_memory() // 2
 
 
 def peak_memory() -> int:
@@ -55,7 +66,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _available_host_memory() -> int:
+def available_host_memory() -> int:
+    """Bytes of host memory that the system calls available."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

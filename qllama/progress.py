@@ -3,6 +3,9 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+_hidden = ContextVar("_hidden", default=False)
 
 
 def on_terminal() -> bool:
@@ -11,9 +14,19 @@ def on_terminal() -> bool:
 
 
 @contextlib.contextmanager
+def no_progress() -> Iterator[None]:
+    """Show neither spinner nor bar while the block runs: they wipe the line that text is on."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
+
+
+@contextlib.contextmanager
 def waiting_for(what: str) -> Iterator[None]:
     """Show a spinner and `what` while the block runs."""
-    if not on_terminal():
+    if _hidden.get() or not on_terminal():
         yield
         return
     from rich.console import Console
@@ -25,7 +38,7 @@ def waiting_for(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, *, show: bool = True) -> Iterator[Callable[..., None]]:
     """Show a bar. The block is given `advance(steps=1, note="")`."""
-    if not show or not on_terminal():
+    if not show or _hidden.get() or not on_terminal():
         yield lambda steps=1, note="": None
         return
     from rich.console import Console

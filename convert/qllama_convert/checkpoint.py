@@ -13,7 +13,7 @@ import numpy as np
 
 from qllama.errors import CheckpointError
 from qllama_convert.files import first_few, read_json
-from qllama_convert.safetensors_file import SafetensorsFile
+from qllama_convert.safetensors_file import SafetensorsFile, data_size
 from qllama_convert.weight_files import find_weight_files
 
 _SIDECARS = ("quantize_config.json", "quant_config.json")
@@ -29,6 +29,11 @@ class TensorInfo(NamedTuple):
     dtype: str  # safetensors code, such as "BF16" or "F8_E4M3"
     shape: tuple[int, ...]
     file: str  # file name inside the folder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return data_size(self.dtype, self.shape)
 
 
 class Checkpoint:

@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -50,6 +50,11 @@ _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | _SUB_BYTE
 _MAX_HEADER = 100_000_000  # bytes, the library's own limit
 _MAX_RANK = 64
 _COPY_BYTES = 1 << 24
+
+
+def data_size(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes that a tensor takes, given the code of its dtype."""
+    return math.prod(shape) * _BITS[dtype] // 8
 
 
 class TensorEntry(NamedTuple):
