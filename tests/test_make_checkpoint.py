@@ -68,7 +68,7 @@ def test_a_random_checkpoint_of_every_scheme_runs(scheme: str, tmp_path: Path) -
             linears = [path for path in linear_shapes(config) if path != LM_HEAD]
             assert found == dict.fromkeys(linears, recipe.scheme)
         logits = llm.logits(np.arange(16) * 20)
-    # What this initialisation gives: centred, of the spread of a sum of D products with N(0, 0.02²).
+    # What this initialisation gives: centred, with the spread of D products with N(0, 0.02²).
     assert np.isfinite(logits).all()
     assert abs(logits.mean()) < 0.05
     assert logits.std() == pytest.approx(0.02 * 256**0.5, rel=0.15)
