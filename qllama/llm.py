@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from qllama_convert.checkpoint import Checkpoint, open_checkpoint
+from qllama_convert.hub import TOKENIZER_FILES, resolve
 from qllama_convert.loader import load_model
 from qllama_convert.names import linear_shapes
 from qllama_convert.quantization_config import Quantization, parse_quantization
@@ -71,9 +72,10 @@ class LLM:
         """Validate and load everything; what is wrong with the folder is found here.
 
         Args:
-            model: a checkpoint folder; None: the embedded demo model.
-            tokenizer: a folder or a transformers tokenizer, in place of the checkpoint's.
-            revision: of a Hub id.
+            model: a checkpoint folder, or a Hub id, which is downloaded into huggingface_hub's
+                cache; None: the embedded demo model.
+            tokenizer: a folder, a Hub id or a transformers tokenizer, in place of the checkpoint's.
+            revision: branch, tag or commit of the Hub id `model`; None: its main branch.
             tensor_parallel_size: devices each weight is split over.
             data_parallel_size: replicas a batch is spread over.
             max_model_len: tokens of the longest sequence; None: the model's maximum, lowered with
@@ -124,7 +126,7 @@ class LLM:
         set_up_devices(gpu_memory_utilization)
         on_gpu = jax.default_backend() == "gpu"
 
-        folder = demo.model_path() if model is None else Path(model)
+        folder = resolve(demo.model_path() if model is None else model, revision)
         with open_checkpoint(folder) as checkpoint:
             self.config = LlamaConfig.from_hf(checkpoint.config)
             self.quantization = parse_quantization(checkpoint, linear_shapes(self.config))
@@ -394,7 +396,7 @@ def _tokenizer(folder: Path, given: Any | None) -> Any | None:
         return load_tokenizer(folder)
     if not isinstance(given, str | Path):
         return given
-    tokenizer = load_tokenizer(given)
+    tokenizer = load_tokenizer(resolve(given, files=TOKENIZER_FILES))
     if tokenizer is None:
         raise ValueError(f"tokenizer={str(given)!r}: there are no tokenizer files in that folder")
     return tokenizer

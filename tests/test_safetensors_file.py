@@ -11,6 +11,7 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qllama_convert import safetensors_file
 from qllama_convert.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
 
 from qllama.errors import CheckpointError
@@ -80,6 +81,44 @@ def test_library_reads_what_is_written(tmp_path: Path) -> None:
     assert all(file.read(name).flags.aligned for name in tensors)
     with safetensors.safe_open(path, "np") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+def read_by_the_library(path: Path) -> dict[str, bytes]:
+    return {name: bytes(t["data"]) for name, t in safetensors.deserialize(path.read_bytes())}
+
+
+def test_a_large_file_is_padded_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "_move_data", None)
+    tensors = {f"{i}": np.full(1 << 23, i, np.uint8) for i in range(5)}
+    tensors |= {"odd": np.arange(3, dtype=np.int16), "a": np.ones(9, np.uint8)}
+    path = tmp_path / "x.safetensors"
+    entries = write_safetensors(path, tensors.items(), {})
+    assert read_by_the_library(path) == {name: t.tobytes() for name, t in tensors.items()}
+    # In order, but for what would bring later tensors out of line.
+    assert sorted(entries, key=lambda name: entries[name].start) == [*"01234", "odd", "a"]
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert path.stat().st_size - size <= size / 100
+    file = SafetensorsFile(path)
+    assert all(file.read(name).flags.aligned for name in tensors)
+
+
+@pytest.mark.parametrize("room", [64, 1 << 10, 1 << 13, 1 << 20])
+def test_data_moves_to_fit_the_header(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up or down, overlapping itself or not, in several pieces."""
+    monkeypatch.setattr(safetensors_file, "_HEADER_ROOM", room)
+    monkeypatch.setattr(safetensors_file, "_COPY_BYTES", 1000)
+    monkeypatch.setattr(safetensors_file, "_ODD_BYTES", 100)
+    rng = np.random.default_rng(2)
+    tensors = {f"{i}": rng.integers(0, 256, 8 * i + i % 3, np.uint8) for i in range(60)}
+    path = tmp_path / "x.safetensors"
+    assert write_safetensors(path, tensors.items(), {}) == SafetensorsFile(path).tensors
+    assert read_by_the_library(path) == {name: t.tobytes() for name, t in tensors.items()}
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == 8 + header + sum(t.nbytes for t in tensors.values())
+    assert not path.read_bytes()[8 : 8 + header].endswith(b" " * 8)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_values_of_the_narrow_floats(tmp_path: Path) -> None:

@@ -35,6 +35,15 @@ _READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTens
     "nvfp4-pack-quantized": nvfp4_pack_quantized.read,
     "mxfp4-pack-quantized": mxfp4_pack_quantized.read,
 }
+_WRITERS: dict[str, Callable[[QTensor], dict[str, np.ndarray]]] = {
+    "gptq": gptq.write,
+    "fp8": fp8.write,
+    "pack-quantized": pack_quantized.write,
+    "int-quantized": naive_quantized.write,
+    "float-quantized": naive_quantized.write,
+    "naive-quantized": naive_quantized.write,
+}
+"""The formats that are written, see `qllama_convert.export_config` for which scheme goes where."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,30 @@ def read_linear(
     of_kv_cache = SUFFIXES_IN_LINEARS if path.endswith((".k_proj", ".v_proj")) else frozenset()
     tensors.refuse_unread(but=of_kv_cache)
     return LinearWeights(weight, bias)
+
+
+def write_linear(path: str, linear: LinearWeights, format_name: str) -> dict[str, np.ndarray]:
+    """The tensors of one Linear by their full names; the inverse of `read_linear`.
+
+    Args:
+        path: of the module.
+        linear: what it holds. A float weight is written as it is.
+        format_name: of the quantized weight: "gptq", "fp8" or a format of compressed-tensors.
+
+    Raises:
+        ValueError: a format that is not written, or one that cannot hold this weight.
+    """
+    if not isinstance(linear.weight, QTensor):
+        arrays = plain.write(linear.weight)
+    elif format_name in _WRITERS:
+        arrays = _WRITERS[format_name](linear.weight)
+    else:
+        raise ValueError(
+            f"format {format_name!r} is not written; formats that are: {', '.join(_WRITERS)}"
+        )
+    if linear.bias is not None:
+        arrays = arrays | {"bias": linear.bias}
+    return {f"{path}.{suffix}": array for suffix, array in arrays.items()}
 
 
 def _refuse_float_weight(tensors: ModuleTensors) -> None:

@@ -11,8 +11,9 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -49,6 +50,12 @@ _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | _SUB_BYTE
 
 _MAX_HEADER = 100_000_000  # bytes, the library's own limit
 _MAX_RANK = 64
+
+# Bytes before the data of a large file. A smaller file, or one with thousands of tensors, has its
+# header fitted afterwards, at the price of copying the data.
+_HEADER_ROOM = 1 << 18
+_PADDED_FROM = _HEADER_ROOM << 7
+_ODD_BYTES = 1 << 20  # of tensors that wait for the end of the file; beyond, they wait on the disk
 _COPY_BYTES = 1 << 24
 
 
@@ -117,8 +124,8 @@ def write_safetensors(
 ) -> dict[str, TensorEntry]:
     """Write a new file and flush it to the disk, holding one tensor in memory at a time.
 
-    The header comes first but is known last, so the data goes through a temporary file beside
-    `path`. In the file the widest dtypes come first, which aligns every tensor, then names.
+    The data lies in the order in which it comes, which keeps every tensor aligned, but for those
+    whose size is no multiple of eight bytes: they come last, the widest dtypes first.
 
     Returns:
         What the header says of each tensor.
@@ -127,43 +134,77 @@ def write_safetensors(
         ValueError: a name comes twice, or the format has no code for a dtype.
         OSError: as writing does; `path` may then be there in part.
     """
-    spooled: dict[str, TensorEntry] = {}
-    with tempfile.TemporaryFile(dir=path.parent) as spool, open(path, "xb") as file:
+    entries: dict[str, TensorEntry] = {}
+    odd: dict[str, TensorEntry] = {}
+    with (
+        open(path, "x+b", buffering=0) as file,
+        tempfile.SpooledTemporaryFile(_ODD_BYTES, dir=str(path.parent)) as odd_data,
+    ):
+        # The header comes first but is known last, so room is left for it.
+        file.seek(_HEADER_ROOM)
+        end = 0
         for name, array in tensors:
-            if name in spooled or name == "__metadata__":
+            if name in entries or name in odd or name == "__metadata__":
                 raise ValueError(f"{path.name}: tensor name {name} is taken")
             if array.dtype not in CODES:
                 raise ValueError(f"tensor {name} has dtype {array.dtype}, unknown to safetensors")
-            start = spool.tell()
-            spool.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            spooled[name] = TensorEntry(CODES[array.dtype], array.shape, start, spool.tell())
-        entries: dict[str, TensorEntry] = {}
-        end = 0
-        for name in sorted(spooled, key=lambda name: (-_BITS[spooled[name].dtype], name)):
-            start, end = end, end + spooled[name].stop - spooled[name].start
-            entries[name] = spooled[name]._replace(start=start, stop=end)
-        file.write(_encode_header(entries, metadata))
-        for name, entry in entries.items():
-            spool.seek(spooled[name].start)
-            _copy(spool, file, entry.stop - entry.start)
-        file.flush()
+            entry = TensorEntry(CODES[array.dtype], array.shape, end, end + array.nbytes)
+            octets = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            if array.nbytes % 8:
+                start = odd_data.tell()
+                odd[name] = entry._replace(start=start, stop=start + array.nbytes)
+                odd_data.write(octets)
+            else:
+                entries[name] = entry
+                _write_all(file, octets)
+                end = entry.stop
+        for name in sorted(odd, key=lambda name: (-_BITS[odd[name].dtype], name)):
+            start, stop = odd[name].start, odd[name].stop
+            odd_data.seek(start)
+            for position in range(start, stop, _COPY_BYTES):
+                _write_all(file, odd_data.read(min(_COPY_BYTES, stop - position)))
+            entries[name] = odd[name]._replace(start=end, stop=end + stop - start)
+            end = entries[name].stop
+        header = _encode_header(entries, metadata)
+        if len(header) > _HEADER_ROOM or end < _PADDED_FROM:
+            _move_data(file, end, to=len(header))
+        else:
+            header = _encode_header(entries, metadata, size=_HEADER_ROOM)
+        file.seek(0)
+        _write_all(file, header)
         os.fsync(file.fileno())
     return entries
 
 
-def _encode_header(tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data of a file: length and header, padded to a multiple of eight."""
+def _encode_header(
+    tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str], size: int = 0
+) -> bytes:
+    """The bytes before the data of a file: length and header, padded with blanks to a multiple of
+    eight and to `size` bytes at least."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, (dtype, shape, start, stop) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, size - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 
-def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
-    for start in range(0, count, _COPY_BYTES):
-        target.write(source.read(min(_COPY_BYTES, count - start)))
+def _write_all(file: FileIO, octets: bytes | memoryview) -> None:
+    """Write what one call may leave unwritten: Linux takes 2 GiB at a time."""
+    left = memoryview(octets)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _move_data(file: FileIO, size: int, *, to: int) -> None:
+    """Move `size` bytes that begin at `_HEADER_ROOM`, in place, and end the file behind them."""
+    starts = range(0, size, _COPY_BYTES)
+    for start in starts if to < _HEADER_ROOM else reversed(starts):  # never onto what is unmoved
+        file.seek(_HEADER_ROOM + start)
+        chunk = file.read(min(_COPY_BYTES, size - start))
+        file.seek(to + start)
+        _write_all(file, chunk)
+    file.truncate(to + size)
 
 
 def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], int]:

@@ -159,7 +159,7 @@ def _number_shards(
         if module in modules:
             raise ValueError(f"tensors of {module} come apart; give a module's tensors together")
         modules.add(module)
-        members = list(group)
+        members = sorted(group, key=lambda item: item[0])
         nbytes = sum(array.nbytes for _, array in members)
         if filled and filled + nbytes > max_shard_bytes:
             number, filled = number + 1, 0

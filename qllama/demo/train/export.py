@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from qllama_convert.export_config import compressed_tensors_config
 from qllama_convert.formats import pack_quantized
-from qllama_convert.names import EMBED_TOKENS, layer_path
+from qllama_convert.names import EMBED_TOKENS, LM_HEAD, layer_path, linear_shapes
 from qllama_convert.writer import write_checkpoint
 
+from qllama.config import LlamaConfig
 from qllama.demo.train.card import TrainingFacts, model_card
 from qllama.demo.train.tokenizer import tokenizer_files
 from qllama.model.dense import Dense, MergedDense
@@ -22,34 +24,6 @@ from qllama.quantization.scheme import W4A16
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-_QUANTIZATION_CONFIG = {
-    "config_groups": {
-        "group_0": {
-            "format": "pack-quantized",
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "dynamic": False,
-                "group_size": W4A16.group_size,
-                "num_bits": W4A16.bits,
-                "strategy": W4A16.strategy,
-                "symmetric": W4A16.symmetric,
-                "type": "int",
-            },
-        }
-    },
-    "format": "pack-quantized",
-    "global_compression_ratio": None,
-    "ignore": ["lm_head"],
-    "kv_cache_scheme": None,
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-    "sparsity_config": {},
-    "transform_config": {},
-    "version": "0.20.0",
-}
 
 # Found by reading: hotter, the sentences lose their thread; cooler, they repeat themselves.
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
@@ -99,9 +73,11 @@ def export(
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
         "README.md": model_card(config, parameters, facts),
     }
+    schemes = dict.fromkeys(linear_shapes(LlamaConfig.from_hf(config)), W4A16)
+    del schemes[LM_HEAD]
     return write_checkpoint(
         folder,
-        config={**config, "quantization_config": _QUANTIZATION_CONFIG},
+        config={**config, "quantization_config": compressed_tensors_config(schemes, [LM_HEAD])},
         tensors=dict(_stored_tensors(model)),
         files={name: text.encode() for name, text in files.items()},
         overwrite=True,
