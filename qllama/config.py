@@ -4,7 +4,6 @@ Field names are Hugging Face's. Both dialects are read: transformers 4 (`rope_th
 `rope_scaling`, `torch_dtype`) and transformers 5 (`rope_parameters`, `dtype`).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from qllama.errors import CheckpointError
 
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_LAYERS = 10_000  # a malformed number must not be met by listing that many layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,12 +95,14 @@ class LlamaConfig:
             raise CheckpointError(f"config.json: head_dim={head_dim} is odd; rotary needs pairs")
         max_positions = _integer(config, "max_position_embeddings", default=2048)
         theta, scaling = _rope(config, max_positions)
+        if head_dim == 2 and scaling is not None and scaling.rope_type == "dynamic":
+            raise CheckpointError("config.json: 'dynamic' rotary scaling needs head_dim above 2")
         vocab_size = _integer(config, "vocab_size")
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=_integer(config, "intermediate_size"),
-            num_hidden_layers=_integer(config, "num_hidden_layers"),
+            num_hidden_layers=_integer(config, "num_hidden_layers", largest=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -136,14 +138,22 @@ def token_ids(
     return tuple(ids)
 
 
-def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _integer(
+    config: Mapping[str, Any],
+    key: str,
+    default: int | None = None,
+    path: str = "",
+    largest: int = 2**31 - 1,
+) -> int:
     value = config.get(key)
     if value is None:
         value = default
     if value is None:
-        raise CheckpointError(f"config.json: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {key}={value!r} must be a positive integer")
+        raise CheckpointError(f"config.json: {path}{key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+        raise CheckpointError(
+            f"config.json: {path}{key}={value!r} must be an integer from 1 to {largest}"
+        )
     return value
 
 
@@ -156,7 +166,7 @@ def _number(
     if value is None:
         raise CheckpointError(f"config.json: {path}{key} is missing")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 < value < 1e18:
+    if not number or not 0 < value < 1e18:  # nor infinite, nor NaN
         raise CheckpointError(f"config.json: {path}{key}={value!r} must be a positive number")
     return float(value)
 
@@ -210,10 +220,10 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
 
 
 def _rope_scaling(path: str, section: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
-    kinds = {section[k] for k in ("rope_type", "type") if isinstance(section.get(k), str)}
-    if len(kinds) > 1:
-        raise CheckpointError(f"config.json: {path} names two types, {sorted(kinds)}")
-    kind = kinds.pop() if kinds else section.get("rope_type", "default")
+    kinds = [section[k] for k in ("rope_type", "type") if section.get(k) is not None]
+    kind = kinds[0] if kinds else "default"
+    if kinds and kinds[-1] != kind:
+        raise CheckpointError(f"config.json: {path} names two types, {kind!r} and {kinds[-1]!r}")
     if section.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(f"config.json: {path}.partial_rotary_factor is not supported")
     if kind == "default":
@@ -240,5 +250,7 @@ def _rope_scaling(path: str, section: Mapping[str, Any], max_positions: int) -> 
         factor=_number(section, "factor", path=f"{path}."),
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position_embeddings=_integer(section, "original_max_position_embeddings"),
+        original_max_position_embeddings=_integer(
+            section, "original_max_position_embeddings", path=f"{path}."
+        ),
     )
