@@ -221,7 +221,7 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
 
 def _rope_scaling(path: str, section: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
     kinds = [section[k] for k in ("rope_type", "type") if section.get(k) is not None]
-    kind = kinds[0] if kinds else "default"
+    kind: Any = kinds[0] if kinds else "default"
     if kinds and kinds[-1] != kind:
         raise CheckpointError(f"config.json: {path} names two types, {kind!r} and {kinds[-1]!r}")
     if section.get("partial_rotary_factor") not in (None, 1, 1.0):
