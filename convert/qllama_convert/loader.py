@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from qllama.config import LlamaConfig
 from qllama.errors import CheckpointError
@@ -61,11 +62,15 @@ def load_model(
     layers = []
     for i in range(config.num_hidden_layers):
         layers.append(build.decoder_layer(layer_path(i)))
+        # Else the host would run ahead and hold what many layers are made of.
+        jax.block_until_ready(nnx.state(layers[-1]))
         on_layer(i + 1)
     norm = build.norm("model.norm")
     lm_head = build.lm_head(embed_tokens)
     build.finish()
-    return Llama(config, embed_tokens, layers, norm, lm_head)
+    model = Llama(config, embed_tokens, layers, norm, lm_head)
+    jax.block_until_ready(nnx.state(model))
+    return model
 
 
 class _Builder:
@@ -116,7 +121,7 @@ class _Builder:
     def array(self, path: str, shape: tuple[int, ...]) -> jax.Array:
         """The float `weight` of the module at `path`, in the compute dtype, on the device."""
         weight = ModuleTensors(self.checkpoint, path).read_floats("weight", shape)
-        return jnp.asarray(weight, self.dtype)
+        return jnp.asarray(weight).astype(self.dtype)  # in this order, or numpy makes a copy
 
     def dense(self, path: str) -> Dense | QuantDense:
         return self.layer(self.read(path))

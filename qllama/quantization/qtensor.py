@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,16 +57,16 @@ class QTensor:
 
     def dequantize(self, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
         """The weight `[N, K]`: computed in float32, rounded once to `dtype`."""
-        weight = reference.dequantize(
-            jnp.asarray(self.codes),
-            jnp.asarray(self.scales),
-            None if self.zeros is None else jnp.asarray(self.zeros),
+        return _dequantize(
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.g_idx,
             k=self.shape[1],
             weight_dtype=self.scheme.weight_dtype,
             group_size=self.group_size,
-            g_idx=None if self.g_idx is None else jnp.asarray(self.g_idx),
+            dtype=jnp.dtype(dtype),
         )
-        return weight.astype(dtype)
 
     def validate(self) -> None:
         """Raise `ValueError` unless the invariants above hold. Reads values: host arrays only."""
@@ -116,6 +117,31 @@ class QTensor:
                 f"asymmetric static activations: {offset}, but input_zero is "
                 f"{_presence(self.input_zero)}"
             )
+
+
+@partial(jax.jit, static_argnames=("k", "weight_dtype", "group_size", "dtype"))
+def _dequantize(
+    codes: Array,
+    scales: Array,
+    zeros: Array | None,
+    g_idx: Array | None,
+    *,
+    k: int,
+    weight_dtype: str,
+    group_size: tuple[int, int],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    # One program, so that the float32 steps between are never whole arrays in memory.
+    weight = reference.dequantize(
+        codes,
+        scales,
+        zeros,
+        k=k,
+        weight_dtype=weight_dtype,
+        group_size=group_size,
+        g_idx=g_idx,
+    )
+    return weight.astype(dtype)
 
 
 def stack_rows(tensors: Sequence[QTensor]) -> QTensor | None:

@@ -9,6 +9,7 @@ from qllama_convert.module_tensors import FLOATS, ModuleTensors
 
 _SCALAR_SHAPES = ((), (1,), (1, 1))
 _EXPONENTS = ("F8_E8M0", "U8")
+_CHUNK = 1 << 20  # elements looked at together: what is checked may be larger than memory
 
 
 def check_columns_divide(
@@ -152,9 +153,13 @@ def read_g_idx(
 
 def refuse_nan(tensors: ModuleTensors, suffix: str, codes: np.ndarray) -> None:
     """Raise if float8_e4m3fn codes contain NaN, which no quantizer means."""
-    bad = (codes.view(np.uint8) & np.uint8(0x7F)) == 0x7F
-    if bad.any():
-        first = [int(i) for i in np.argwhere(bad)[0]]
-        raise tensors.error(
-            f"tensor {suffix} has {int(bad.sum())} NaN values, the first at {first}", suffix
-        )
+    octets = codes.reshape(-1).view(np.uint8)
+    first, count = -1, 0
+    for start in range(0, octets.size, _CHUNK):
+        bad = (octets[start : start + _CHUNK] & np.uint8(0x7F)) == 0x7F
+        if bad.any():
+            first = start + int(bad.argmax()) if first < 0 else first
+            count += int(bad.sum())
+    if count:
+        where = [int(i) for i in np.unravel_index(first, codes.shape)]
+        raise tensors.error(f"tensor {suffix} has {count} NaN values, the first at {where}", suffix)
