@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint, and how prompts and conversations become token ids."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 from qllama.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+# A tokenizer that is all in tokenizer.json: its names in transformers 4 and 5.
+_GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(folder: str | Path) -> Any | None:
@@ -21,15 +25,30 @@ def load_tokenizer(folder: str | Path) -> Any | None:
         return None
     # Else transformers tells every user that it found no PyTorch, which qllama does without.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return _tokenizer_class(folder).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises whatever a malformed file makes it stumble on
         raise CheckpointError(
             f"{folder}: the tokenizer files cannot be used ({type(error).__name__}: {error}); "
             "download them again, or pass tokenizer="
         ) from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The class to load with: where the folder names the general one, that, else `AutoTokenizer`.
+
+    `AutoTokenizer` would come to the same class, but takes a second to import.
+    """
+    config = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").exists() and config.exists():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") in _GENERAL and "auto_map" not in settings:
+            from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+            return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:

@@ -124,7 +124,7 @@ def diagnose() -> Diagnosis:
         backends=tuple(_backends()) if devices else (),
         compile_cache=compile_cache,
         memory_settings=set_by_user,
-        findings=tuple(_findings(devices, driver, compile_cache, set_by_user)),
+        findings=tuple(findings(devices, driver, compile_cache, set_by_user)),
     )
 
 
@@ -228,7 +228,7 @@ def _compile_cache() -> CompileCache | None:
     return CompileCache(folder=str(folder), files=len(sizes), size=sum(sizes), writable=writable)
 
 
-def _findings(
+def findings(
     devices: tuple[Device, ...],
     driver: str | None,
     cache: CompileCache | None,
