@@ -1,4 +1,4 @@
-"""benchmarks/bench_load.py in its tiny form, and that loading needs little more than the weights."""
+"""benchmarks/bench_load.py in its tiny form: loading needs little more than the weights."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 bench_load, records = bench_scripts.load("bench_load"), bench_scripts.load("records")
 make_checkpoint = bench_scripts.load("make_checkpoint")
 
-# Where reading a tensor at a time and a model at a time differ: 97 MB in 24 layers, 8 MB each as f32.
+# A tensor at a time and a model at a time differ here: 97 MB in 24 layers, 8 MB each as float32.
 SHAPE = {
     "head_dim": 64,
     "hidden_size": 512,
