@@ -18,9 +18,9 @@ LEAST = {
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 512,
 }
 
 
@@ -103,7 +103,16 @@ def test_dtype_in_either_spelling(keys: dict[str, str], dtype: str) -> None:
             {"type": "dynamic", "factor": 2.0},
             RopeScaling(rope_type="dynamic", factor=2.0, original_max_position_embeddings=1024),
         ),
-        ({**LLAMA3, "type": "llama3"}, RopeScaling(**LLAMA3)),
+        (
+            LLAMA3 | {"type": "llama3"},
+            RopeScaling(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=2.0,
+                high_freq_factor=5.0,
+                original_max_position_embeddings=512,
+            ),
+        ),
     ],
 )
 def test_rope_in_either_spelling(section: dict[str, Any] | None, expected: RopeScaling) -> None:
@@ -218,8 +227,8 @@ def llama3(*missing: str, **changes: Any) -> dict[str, Any]:
         ({"rope_scaling": llama3("factor")}, "rope_scaling.factor is missing"),
         ({"rope_scaling": llama3("low_freq_factor")}, "rope_scaling.low_freq_factor is missing"),
         (
-            {"rope_scaling": llama3(high_freq_factor=1)},
-            "rope_scaling.high_freq_factor=1.0 must exceed low_freq_factor=1.0",
+            {"rope_scaling": llama3(high_freq_factor=2)},
+            "rope_scaling.high_freq_factor=2.0 must exceed low_freq_factor=2.0",
         ),
         (
             {"rope_scaling": llama3("original_max_position_embeddings")},

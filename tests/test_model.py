@@ -62,22 +62,23 @@ def text(length: int = LENGTH, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length).astype(np.int32)
 
 
-def read(
+def read[C: (KVCache, None)](
     model: Llama,
     tokens: np.ndarray,
     positions: np.ndarray,
-    cache: KVCache | None = None,
-    **others: jax.Array,
-) -> tuple[np.ndarray, KVCache | None]:
+    cache: C = None,  # type: ignore[assignment]  # mypy: no default for a constrained C
+    *,
+    rows: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+) -> tuple[np.ndarray, C]:
     """float32 logits `[B, T, V]` and the cache, in one compiled program."""
 
-    def program(
-        tokens: jax.Array, positions: jax.Array, cache: KVCache | None, others: dict[str, jax.Array]
-    ) -> tuple[jax.Array, KVCache | None]:
-        hidden, cache = model(tokens, positions, cache, **others)
+    @jax.jit
+    def program(tokens: jax.Array, positions: jax.Array, cache: C) -> tuple[jax.Array, C]:
+        hidden, cache = model(tokens, positions, cache, rows=rows, lengths=lengths)
         return model.logits(hidden), cache
 
-    logits, cache = jax.jit(program)(tokens, positions, cache, others)
+    logits, cache = program(tokens, positions, cache)
     return np.asarray(logits), cache
 
 
@@ -166,7 +167,6 @@ def test_rows_of_a_ragged_batch_equal_single_runs(llama: Llama) -> None:
         rows=jnp.array(rows),
         lengths=jnp.array(lengths),
     )
-    assert cache is not None
     for i, (length, row) in enumerate(zip(lengths, rows, strict=True)):
         found = logits[i, :length]
         np.testing.assert_allclose(found, uncached_logits(llama, texts[i]), atol=2e-5)
@@ -182,7 +182,6 @@ def test_a_padding_row_changes_no_other(llama: Llama) -> None:
     positions = np.broadcast_to(np.arange(8), (2, 8))
     empty = init_cache(CONFIG, 2, 8, jnp.float32)
     logits, cache = read(llama, tokens, positions, empty, rows=jnp.array([1, 2]))
-    assert cache is not None
     np.testing.assert_allclose(logits[0], uncached_logits(llama, text(8)), atol=2e-5)
     assert np.isfinite(logits).all()
     assert all(np.abs(layer[0]).max() == 0 for layer in cache.layers)
@@ -195,7 +194,6 @@ def test_a_grown_cache_keeps_what_it_holds(llama: Llama) -> None:
     tokens, positions = text()[None], np.arange(LENGTH)[None]
     empty = init_cache(CONFIG, 1, 10, jnp.float32)
     _, cache = read(llama, tokens[:, :10], positions[:, :10], empty)
-    assert cache is not None
     grown = grow_cache(cache, 64)
     assert grown.capacity == 64
     logits, _ = read(llama, tokens[:, 10:], positions[:, 10:], grown)
@@ -366,7 +364,7 @@ def test_linears_called_together_answer_as_they_do_alone(backend: str) -> None:
     alone = [dense(part)(jnp.asarray(INPUT)) for part in parts]
     for merged in (
         MergedDense([dense(stacked)], [16, 21]),
-        MergedDense(map(dense, parts), [16, 21]),
+        MergedDense([dense(part) for part in parts], [16, 21]),
     ):
         answers = merged(jnp.asarray(INPUT))
         assert [answer.shape for answer in answers] == [(2, 5, 16), (2, 5, 21)]

@@ -106,6 +106,7 @@ def test_greedy_continuations_are_the_golden_ones(llm: LLM, arrays: dict[str, np
 def test_prompts_and_other_texts_are_tokenized_as_transformers_does(
     llm: LLM, arrays: dict[str, np.ndarray], texts: dict[str, list[dict[str, Any]]]
 ) -> None:
+    assert llm.tokenizer is not None
     assert len(texts["tokenizer"]) >= 5
     for case in texts["tokenizer"]:
         assert llm.tokenizer.encode(case["text"], add_special_tokens=False) == case["ids"]
