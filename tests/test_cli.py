@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -97,8 +98,8 @@ def test_arguments_that_make_no_command(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "no/such/folder", "-p", "x"], "no/such/folder: cannot be opened"),
-        (["inspect", "no/such/folder"], "no/such/folder: cannot be opened"),
+        (["generate", "no/such/folder", "-p", "x"], "no/such/folder: there is no such folder"),
+        (["inspect", "no/such/folder"], "no/such/folder: there is no such folder"),
         (["generate", "-p", "x", "--dtype", "int7"], "dtype='int7'"),
         (["generate", "-p", "x", "--backend", "magic"], "backend='magic'"),
         (["generate", "-p", "x", "--max-model-len", "9999999"], "max_model_len=9999999"),
@@ -324,11 +325,12 @@ def test_engine_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qllama.llm.LLM", Fake)
     flags = (
         "--max-model-len 9 --dtype float16 --kv-cache-dtype fp8 --backend xla "
-        "--activation-semantics compressed-tensors -tp 2"
+        "--activation-semantics compressed-tensors -tp 2 --revision v1"
     )
     assert main(["generate", "folder", "-p", "x", *flags.split()]) == 2
     assert given == {
         "model": "folder",
+        "revision": "v1",
         "max_model_len": 9,
         "dtype": "float16",
         "kv_cache_dtype": "fp8",
@@ -514,13 +516,13 @@ def test_chat_in_a_terminal(tmp_path: Path) -> None:
     screen = b""
     saved = tmp_path / "saved.json"
     steps = [
-        (b">>> ", b"Hellp\x7fo\r"),
-        (b"(cut at", f"/save {saved}\r".encode()),
-        (b"2 messages", b"\x04"),
+        (rb"/help lists", b"Hellp\x7fo\r"),
+        (rb"\(cut at", f"/save {saved}\r".encode()),
+        (rb"2 messages", b"\x04"),
     ]
     try:
         for expected, reply in steps:
-            while expected not in screen:
+            while not re.search(expected + rb".*>>> ", screen, re.DOTALL):
                 ready, _, _ = select.select([terminal.stdout], [], [], 120)
                 assert ready, screen
                 news = os.read(terminal.stdout.fileno(), 4096)
@@ -531,6 +533,7 @@ def test_chat_in_a_terminal(tmp_path: Path) -> None:
         assert terminal.wait(60) == 0
     finally:
         terminal.kill()
+        terminal.wait()
         terminal.stdin.close()
         terminal.stdout.close()
     assert b"\x1b[1;32m" in screen

@@ -190,7 +190,7 @@ def test_warnings_of_the_config_become_anomalies(w4a16: Draft, tmp_path: Path) -
 
 
 def test_what_cannot_be_read_is_an_error(w4a16: Draft, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
         inspect(tmp_path / "nowhere")
     w4a16.quantization["config_groups"]["group_0"]["weights"]["num_bits"] = 5
     with pytest.raises(CheckpointError, match="num_bits"):

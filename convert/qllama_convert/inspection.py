@@ -17,6 +17,7 @@ from qllama.quantization.scheme import QuantScheme
 from qllama_convert.checkpoint import Checkpoint, CheckpointWarning, TensorInfo, open_checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.formats import LinearSpec
+from qllama_convert.hub import resolve
 from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS, read_kv_scales
 from qllama_convert.names import (
     EMBED_TOKENS,
@@ -94,21 +95,22 @@ class Inspection:
         return all(module.path != LM_HEAD for module in self.modules)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, revision: str | None = None) -> Inspection:
     """Look into a checkpoint folder without loading its weights.
 
     Whatever `open_checkpoint` and the quantization config tell is checked as a load does. Of the
     tensors, only scales and group indices are read; the rest is for a load to find.
 
     Args:
-        path: the folder.
+        path: the folder, or a Hub id, which is downloaded first.
+        revision: branch, tag or commit of a Hub id; None: its main branch.
 
     Raises:
         CheckpointError: a file is missing or malformed, or the config asks for what is not run.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointWarning)  # they become anomalies
-        with open_checkpoint(path) as checkpoint:
+        with open_checkpoint(resolve(path, revision)) as checkpoint:
             return _inspect(checkpoint)
 
 

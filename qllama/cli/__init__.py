@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qllama",
         description="Run, make and check quantized Llama 3 models.",
-        epilog="MODEL is a checkpoint folder; without it, the embedded demo model is used. "
-        "'qllama VERB --help' explains a verb.",
+        epilog="MODEL is a checkpoint folder or a Hub id; without it, the embedded demo model is "
+        "used. 'qllama VERB --help' explains a verb.",
     )
     parser.add_argument("--version", action=_Version, help="print the version")
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
 
     from qllama import demo
 
-    found = inspect(demo.model_path() if args.model is None else args.model)
+    model = demo.model_path() if args.model is None else args.model
+    found = inspect(model, revision=args.revision)
     print(json.dumps(as_json(found), indent=2) if args.json else report(found, every=args.all))
 
 

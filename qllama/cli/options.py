@@ -12,12 +12,16 @@ _UNSET = argparse.SUPPRESS  # the attribute exists just when the user gave the f
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The positional MODEL."""
+    """The positional MODEL, and its --revision."""
     parser.add_argument(
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a checkpoint folder (default: the embedded demo model)",
+        help="a checkpoint folder, or a Hub id such as RedHatAI/Meta-Llama-3-8B-Instruct-FP8 "
+        "(default: the embedded demo model)",
+    )
+    parser.add_argument(
+        "--revision", metavar="REF", help="branch, tag or commit of a Hub id (default: main)"
     )
 
 
@@ -117,7 +121,7 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         "activation_semantics",
         "tensor_parallel_size",
     )
-    return LLM(args.model, **_given(args, names))
+    return LLM(args.model, revision=args.revision, **_given(args, names))
 
 
 def sampling_params(args: argparse.Namespace, llm: "LLM", **others: Any) -> "SamplingParams":
