@@ -1,4 +1,4 @@
-"""benchmarks/bench_load.py in its tiny form: loading needs little more than the weights."""
+"""benchmarks/bench_load.py in its tiny form; loading needs little more than the weights."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 bench_load, records = bench_scripts.load("bench_load"), bench_scripts.load("records")
 make_checkpoint = bench_scripts.load("make_checkpoint")
 
-# A tensor at a time and a model at a time differ here: 97 MB in 24 layers, 8 MB each as float32.
+# Of 2.2 million weights a layer.
 SHAPE = {
     "head_dim": 64,
     "hidden_size": 512,
@@ -32,14 +32,17 @@ def test_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["limit"] == weights + 2 * 512 * 1024 + 2**28
     assert 0 < record["value"] < record["limit"]
     assert record["spread"] == [record["value"]] * 2
-    assert record.items() >= {
-        "benchmark": "load",
-        "model": "small",
-        "layers": 24,
-        "scheme": "bf16",
-        "backend": "xla",
-        "devices": 1,
-    }.items()
+    assert (
+        record.items()
+        >= {
+            "benchmark": "load",
+            "model": "small",
+            "layers": 24,
+            "scheme": "bf16",
+            "backend": "xla",
+            "devices": 1,
+        }.items()
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,7 +58,8 @@ def test_loading_needs_little_more_than_the_weights(backend: str, tmp_path: Path
         return found["peak"], found["placed"]
 
     (few, few_placed), (many, many_placed) = peak(4), peak(24)
-    assert many - few < 1.15 * (many_placed - few_placed) + 16e6
+    # Keeping the codes of the dequantized layers would take 45 MB.
+    assert many - few < 1.05 * (many_placed - few_placed) + 12e6
 
 
 def test_peak_of_anonymous_memory() -> None:
