@@ -32,14 +32,17 @@ def test_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["limit"] == weights + 2 * 512 * 1024 + 2**28
     assert 0 < record["value"] < record["limit"]
     assert record["spread"] == [record["value"]] * 2
-    assert record.items() >= {
-        "benchmark": "load",
-        "model": "small",
-        "layers": 24,
-        "scheme": "bf16",
-        "backend": "xla",
-        "devices": 1,
-    }.items()
+    assert (
+        record.items()
+        >= {
+            "benchmark": "load",
+            "model": "small",
+            "layers": 24,
+            "scheme": "bf16",
+            "backend": "xla",
+            "devices": 1,
+        }.items()
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -48,6 +48,24 @@ def kernels_run_here() -> bool:
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
+def has_kernel(
+    weight_dtype: str,
+    group_size: GroupSize,
+    shape: tuple[int, int],
+    *,
+    quantized_input: bool,
+    layout: str = "natural",
+) -> bool:
+    """Whether `backend="auto"` has a kernel here for a weight `[N, K] = shape` in `layout`."""
+    try:
+        wanted = pallas.kernel_layout(
+            weight_dtype, group_size, shape, quantized_input=quantized_input
+        )
+    except NotImplementedError:
+        return False
+    return kernels_run_here() and layout == wanted
+
+
 def pack(
     codes: jax.Array,
     scales: jax.Array,
