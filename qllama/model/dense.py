@@ -157,8 +157,8 @@ def make_dense(
         bias: `[N]` or None.
         dtype: the compute dtype; float weights are cast to it.
         backend: as `qllama_kernels.dispatch.quantized_matmul`. "auto" off the GPU dequantizes the
-            weight here, once: XLA's narrow products are slower than float ones on a CPU. "pallas" and
-            "interpret" pack the weight for its kernel.
+            weight here, once: XLA's narrow products are slower than float ones on a CPU. "pallas"
+            and "interpret" pack the weight for its kernel.
         semantics: of activation quantization.
 
     Raises:
