@@ -36,13 +36,23 @@ def describe(layer: Any, *, quantized: bool) -> str:
         quantized: whether its weight is quantized in the checkpoint.
     """
     import jax
+    from qllama_kernels.dispatch import has_kernel
 
     from qllama.model.dense import DequantizedDense, QuantDense
 
     platform = jax.default_backend()
     if isinstance(layer, QuantDense):
-        # The dispatcher's rule: whatever is not the reference is XLA, as long as that is all.
-        backend = "reference" if layer.backend == "reference" else "xla"
+        backend = layer.backend
+        if backend == "auto":
+            weight = layer.weight.get_value()
+            kernel = has_kernel(
+                weight.scheme.weight_dtype,
+                weight.group_size,
+                weight.shape,
+                quantized_input=weight.scheme.activations is not None,
+                layout=weight.layout,
+            )
+            backend = "pallas (xla where that is faster)" if kernel else "xla"
         return f"{backend} on {platform}, from the quantized weights"
     how = f"xla on {platform}, {layer.weight[...].dtype.name} weights"
     if quantized:

@@ -79,6 +79,8 @@ class QuantDense(nnx.Module):
             weight_dtype=weight.scheme.weight_dtype,
             group_size=weight.group_size,
             g_idx=weight.g_idx,
+            columns=weight.columns,
+            layout=weight.layout,
             input_scale=input_scale,
             input_zero=input_zero,
             bias=None if self.bias is None else self.bias[...],
@@ -155,13 +157,19 @@ def make_dense(
         bias: `[N]` or None.
         dtype: the compute dtype; float weights are cast to it.
         backend: as `qllama_kernels.dispatch.quantized_matmul`. "auto" off the GPU dequantizes the
-            weight here, once: XLA's narrow products are slower than float ones on a CPU.
+            weight here, once: XLA's narrow products are slower than float ones on a CPU. "pallas"
+            and "interpret" pack the weight for its kernel.
         semantics: of activation quantization.
+
+    Raises:
+        NotImplementedError: `backend` names the kernels, and there is none for this weight.
     """
     bias = None if bias is None else bias.astype(dtype)
     if not isinstance(weight, QTensor):
         return Dense(weight.astype(dtype), bias)
     if backend != "auto" or jax.default_backend() == "gpu":
+        # "auto" does not pack: the kernels for packed weights have not read long prompts on a GPU.
+        weight = weight.packed() if backend in ("pallas", "interpret") else weight
         return QuantDense(weight, bias, backend=backend, semantics=semantics)
     activations = weight.scheme.activations
     if activations is None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from qllama_kernels import reference
+from qllama_kernels import dispatch, reference
 
 from qllama.quantization.scheme import QuantScheme
 
@@ -32,6 +32,8 @@ class QTensor:
     - `zeros` is int16 like `scales`, present just when the scheme is asymmetric. One value above
       the signed code range is allowed: GPTQ v1 can store it;
     - `g_idx` is int32 `[K]`, only for strategy "group", only when not simply `k // group_size`;
+    - `layout` is "natural": all of the above is said of it. `packed` gives another one, that of a
+      kernel (`qllama_kernels.dispatch.pack`), with the `columns` in which it takes its input;
     - `input_scale` is a float32 scalar, present just when activations are static; `input_zero` an
       int8 scalar, present just when they are asymmetric too.
     """
@@ -42,8 +44,10 @@ class QTensor:
     g_idx: Array | None = None
     input_scale: Array | None = None
     input_zero: Array | None = None
+    columns: Array | None = None
     scheme: QuantScheme = field(metadata={"static": True})
     shape: tuple[int, int] = field(metadata={"static": True})
+    layout: str = field(default="natural", metadata={"static": True})
 
     @property
     def group_size(self) -> tuple[int, int]:
@@ -56,7 +60,9 @@ class QTensor:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def dequantize(self, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
-        """The weight `[N, K]`: computed in float32, rounded once to `dtype`."""
+        """The weight `[N, K]`: in float32, rounded once to `dtype`. Natural layout only."""
+        if self.layout != "natural":
+            raise ValueError(f"a weight in layout {self.layout!r} is for its kernel alone")
         return _dequantize(
             self.codes,
             self.scales,
@@ -66,6 +72,32 @@ class QTensor:
             weight_dtype=self.scheme.weight_dtype,
             group_size=self.group_size,
             dtype=jnp.dtype(dtype),
+        )
+
+    def packed(self) -> "QTensor":
+        """The same weight, on the device, in the layout its kernel wants. Once, at load.
+
+        Raises:
+            NotImplementedError: no kernel takes such a weight.
+        """
+        packed = dispatch.pack(
+            self.codes,
+            self.scales,
+            self.zeros,
+            k=self.shape[1],
+            weight_dtype=self.scheme.weight_dtype,
+            group_size=self.group_size,
+            g_idx=self.g_idx,
+            quantized_input=self.scheme.activations is not None,
+        )
+        return replace(
+            self,
+            codes=packed.codes,
+            scales=packed.scales,
+            zeros=packed.zeros,
+            g_idx=self.g_idx if packed.layout == "natural" else None,
+            columns=packed.columns,
+            layout=packed.layout,
         )
 
     def validate(self) -> None:

@@ -1,0 +1,440 @@
+"""How long one quantized product takes, beside the limit of the card and its peers.
+
+    python -m benchmarks.bench_matmul --json benchmarks/results/matmul-h200.json
+
+Times are those of the kernels alone, reduction and cast included, over several distinct weights in
+turn so that none is found in the L2 cache. `limit` is the larger of two times: the weight's bytes
+at the measured read bandwidth, and the operations at the card's dense rate.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from qllama_kernels import dispatch, pallas, reference, tuning
+from qllama_kernels.tuning import Config, Problem, Scheme
+
+# The Linears of Llama-3.1-8B and 3.3-70B with q, k, v and gate, up merged: (N, K).
+LLAMA_8B = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+}
+LLAMA_70B = {
+    "qkv": (10240, 8192),
+    "o": (8192, 8192),
+    "gate_up": (57344, 8192),
+    "down": (8192, 28672),
+}
+SCHEMES: tuple[Scheme, ...] = ("w4a16", "w8a16", "w8a8", "fp8")
+TOKENS = (1, 16, 64, 256, 2048)
+WEIGHT_DTYPE = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
+OPERATIONS = {"w4a16": 800e12, "w8a16": 800e12, "w8a8": 1600e12, "fp8": 1600e12}  # a second
+L2_BYTES = 60e6
+# kernels.md, section 10: one H100 80 GB, microseconds at (N, K, M), float16, group 128.
+MARLIN_H100 = {
+    (6144, 4096, 1): 11.6,
+    (6144, 4096, 16): 11.9,
+    (6144, 4096, 64): 23.2,
+    (6144, 4096, 256): 41.0,
+    (6144, 4096, 2048): 283.0,
+    (4096, 4096, 1): 10.8,
+    (4096, 4096, 16): 10.9,
+    (4096, 4096, 64): 23.4,
+    (4096, 4096, 256): 27.9,
+    (4096, 4096, 2048): 189.0,
+    (28672, 4096, 1): 31.4,
+    (28672, 4096, 16): 32.5,
+    (28672, 4096, 64): 49.0,
+    (28672, 4096, 256): 163.0,
+    (28672, 4096, 2048): 1380.0,
+    (4096, 14336, 1): 18.6,
+    (4096, 14336, 16): 19.8,
+    (4096, 14336, 64): 38.5,
+    (4096, 14336, 256): 82.2,
+    (4096, 14336, 2048): 694.0,
+}
+
+
+class Operands(NamedTuple):
+    """One product: tokens, several equally shaped weights, and what they should give."""
+
+    problem: Problem
+    x: jax.Array
+    input_scale: jax.Array | None
+    weights: list[dispatch.PackedWeight]
+    natural: tuple[jax.Array, jax.Array]  # codes and scales of the first weight
+    expected: np.ndarray  # of the first weight, float32 [M, N]
+
+
+def make_operands(
+    scheme: Scheme, m: int, n: int, k: int, *, dtype: str = "bfloat16", seed: int = 0
+) -> Operands:
+    """Random tokens and weights, enough weights to flush the L2 cache between two uses of one."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    group = 128 if scheme == "w4a16" else None
+    weight_dtype = WEIGHT_DTYPE[scheme]
+    quantized = tuning.X_BYTES[scheme] == 1
+    copies = max(3, min(32, int(4 * L2_BYTES / (n * k * tuning.BITS[scheme] / 8)) + 1))
+    if k % 128 or n % 64:
+        raise ValueError(f"N={n}, K={k}: benchmarks take whole tiles, N % 64 = K % 128 = 0")
+
+    def codes(key: jax.Array) -> jax.Array:
+        if scheme == "w4a16":
+            return jax.random.bits(key, (n, k // 2), jnp.uint8)
+        if scheme == "fp8":
+            return jax.random.normal(key, (n, k), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+        return jax.random.randint(key, (n, k), -127, 128, jnp.int8)
+
+    scales = jax.random.uniform(
+        keys[0], (n, k // group if group else 1), jnp.float32, 0.5, 1.5
+    ).astype(jnp.bfloat16)
+    first = jax.jit(codes)(keys[1])
+    x = jax.random.normal(keys[2], (m, k), jnp.bfloat16)
+    input_scale = None
+    if quantized:
+        input_scale = jax.random.uniform(keys[3], (m, 1), jnp.float32, 0.5, 1.5)
+        x = (x * 40).astype(jnp.int8) if scheme == "w8a8" else x.astype(jnp.float8_e4m3fn)
+    else:
+        x = x.astype(dtype)
+    weights = []
+    pack = jax.jit(
+        lambda c, s: dispatch.pack(
+            c,
+            s,
+            k=k,
+            weight_dtype=weight_dtype,
+            group_size=group,
+            quantized_input=quantized,
+        )
+    )
+    for i in range(copies):
+        weights.append(pack(first if i == 0 else jax.jit(codes)(jax.random.key(i)), scales))
+    expected = jax.jit(
+        lambda x, c, s, a: reference.quantized_matmul(
+            x, c, s, weight_dtype=weight_dtype, group_size=group, input_scale=a
+        )
+    )(x, first, scales, input_scale)
+    problem = Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
+    return Operands(problem, x, input_scale, weights, (first, scales), np.asarray(expected))
+
+
+def product(operands: Operands, config: Config | None) -> Callable[..., jax.Array]:
+    """`f(x, input_scale, packed)`, the product in bfloat16 by the kernels."""
+
+    def f(x: jax.Array, input_scale: jax.Array | None, w: dispatch.PackedWeight) -> jax.Array:
+        return pallas.quantized_matmul(
+            x,
+            w.codes,
+            w.scales,
+            problem=operands.problem,
+            input_scale=input_scale,
+            out_dtype=jnp.bfloat16,
+            config=config,
+        )
+
+    return f
+
+
+def xla_product(operands: Operands) -> Callable[..., jax.Array]:
+    """The same through `backend="xla"`, on natural weights."""
+    scheme = operands.problem.scheme
+
+    def f(x: jax.Array, input_scale: jax.Array | None, w: dispatch.PackedWeight) -> jax.Array:
+        return dispatch.quantized_matmul(
+            x,
+            w.codes,
+            w.scales,
+            weight_dtype=WEIGHT_DTYPE[scheme],
+            group_size=operands.problem.group_size,
+            input_scale=input_scale,
+            out_dtype=jnp.bfloat16,
+            backend="xla",
+        )
+
+    return f
+
+
+def compile_all(f: Callable[..., jax.Array], operands: Operands) -> Callable[..., Any]:
+    """One program that applies `f` to every weight."""
+    program = jax.jit(lambda x, a, weights: [f(x, a, w) for w in weights])
+    return program.lower(operands.x, operands.input_scale, operands.weights).compile()
+
+
+def max_rel_error(out: jax.Array, expected: np.ndarray) -> float:
+    """The largest difference, by the largest value expected."""
+    difference = np.abs(np.asarray(out, np.float32) - expected)
+    return float(difference.max() / np.abs(expected).max())
+
+
+def kernel_us(program: Callable[..., Any], operands: Operands, repeats: int = 7) -> list[float]:
+    """Microseconds of kernel time per product, sorted, one figure a repetition."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, times = profiler.measure(program, iterations=repeats)(
+        operands.x, operands.input_scale, operands.weights
+    )
+    return sorted(t * 1e3 / len(operands.weights) for t in times)
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path | None) -> Iterator[None]:
+    """Hold a lock file, so that processes that compile side by side take turns on the GPU."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that the sum of a gigabyte reads: the limit of what streams weights."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    big = jax.random.normal(jax.random.key(0), (1 << 28,), jnp.float32)
+    _, times = profiler.measure(jax.jit(jnp.sum), iterations=7)(big)
+    return big.nbytes / (float(np.median(times)) * 1e-3)
+
+
+def limit_us(problem: Problem, bandwidth: float) -> float:
+    """Microseconds below which no kernel can come on this card."""
+    weight = problem.n * problem.k * tuning.BITS[problem.scheme] / 8
+    scales = 2 * problem.n * (problem.k // problem.group_size if problem.group_size else 1)
+    operations = 2 * problem.m * problem.n * problem.k
+    return max((weight + scales) / bandwidth, operations / OPERATIONS[problem.scheme]) * 1e6
+
+
+def torch_peers(shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> dict[str, float]:
+    """PyTorch's products on this card, microseconds by "N,K,M,name": CUDA graphs over rotating
+    weights. Empty without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    found: dict[str, float] = {}
+    for n, k in shapes:
+        for m in tokens:
+            for name, calls in _torch_calls(torch, m, n, k).items():
+                try:
+                    found[f"{n},{k},{m},{name}"] = round(_graph_us(torch, calls()), 2)
+                except RuntimeError as error:
+                    print(f"torch {name} {n}x{k} M={m}: {str(error)[:90]}", file=sys.stderr)
+                torch.cuda.empty_cache()
+    return found
+
+
+def _torch_calls(torch: Any, m: int, n: int, k: int) -> dict[str, Callable[[], list[Any]]]:
+    """By name, what makes the calls to time: one for each of several weights."""
+    on_gpu = {"device": "cuda"}
+    copies = max(3, min(24, int(4 * L2_BYTES / (n * k)) + 1))
+    one = torch.ones((), **on_gpu)
+    row, column = torch.ones(max(m, 16), 1, **on_gpu), torch.ones(1, n, **on_gpu)
+    x = torch.randn(m, k, dtype=torch.bfloat16, **on_gpu)
+
+    def bf16() -> list[Any]:
+        weights = [torch.randn(n, k, dtype=torch.bfloat16, **on_gpu) for _ in range(copies)]
+        return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+    def fp8(scale_a: Any, scale_b: Any) -> list[Any]:
+        tokens = torch.randn(max(m, 16), k, **on_gpu).to(torch.float8_e4m3fn)
+        weights = [torch.randn(n, k, **on_gpu).to(torch.float8_e4m3fn).t() for _ in range(copies)]
+        scales = {"scale_a": scale_a, "scale_b": scale_b, "out_dtype": torch.bfloat16}
+        return [lambda w=w: torch._scaled_mm(tokens, w, **scales) for w in weights]
+
+    def int8() -> list[Any]:
+        def codes(rows: int) -> Any:
+            return torch.randint(-127, 127, (rows, k), dtype=torch.int8, **on_gpu)
+
+        tokens, weights = codes(max(m, 32)), [codes(n).t() for _ in range(copies)]
+        return [lambda w=w: torch._int_mm(tokens, w) for w in weights]
+
+    def tinygemm() -> list[Any]:
+        groups = torch.randn(k // 128, n, 2, dtype=torch.bfloat16, **on_gpu)
+        weights = [
+            torch._convert_weight_to_int4pack(
+                torch.randint(0, 255, (n, k // 2), dtype=torch.uint8, **on_gpu), 8
+            )
+            for _ in range(2 * copies)
+        ]
+        return [lambda w=w: torch._weight_int4pack_mm(x, w, 128, groups) for w in weights]
+
+    calls: dict[str, Callable[[], list[Any]]] = {
+        "torch bf16": bf16,
+        "_scaled_mm tensor": lambda: fp8(one, one),
+        "_scaled_mm row": lambda: fp8(row, column),
+        "_int_mm": int8,
+    }
+    return calls | ({"tinygemm": tinygemm} if m <= 64 else {})
+
+
+def _graph_us(torch: Any, calls: list[Callable[[], Any]]) -> float:
+    """Median microseconds of a call, all of them replayed as one CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return float(np.median(times[2:]))
+
+
+_PEERS = {
+    "w4a16": ("tinygemm", "torch bf16"),
+    "w8a16": ("torch bf16",),
+    "w8a8": ("_int_mm", "torch bf16"),
+    "fp8": ("_scaled_mm tensor", "_scaled_mm row", "torch bf16"),
+}
+
+
+def measure(
+    scheme: Scheme,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    bandwidth: float,
+    torch: dict[str, float],
+    with_xla: bool,
+    lock: Path | None = None,
+) -> dict[str, Any]:
+    """One record: our product as dispatched, its limit, its peers."""
+    operands = make_operands(scheme, m, n, k)
+    start = time.perf_counter()
+    program = compile_all(product(operands, None), operands)
+    seconds = time.perf_counter() - start
+    with exclusive(lock):
+        out = program(operands.x, operands.input_scale, operands.weights)[0]
+        times = kernel_us(program, operands)
+    peers: dict[str, float] = {
+        name: torch[f"{n},{k},{m},{name}"]
+        for name in _PEERS[scheme]
+        if f"{n},{k},{m},{name}" in torch
+    }
+    if scheme == "w4a16" and (n, k, m) in MARLIN_H100:
+        peers["marlin (quoted, H100)"] = MARLIN_H100[n, k, m]
+    if with_xla and tuning.X_BYTES[scheme] == 1:
+        peers["xla"] = round(
+            kernel_us(compile_all(xla_product(operands), operands), operands)[3], 2
+        )
+    config = None
+    if not (tuning.X_BYTES[scheme] == 2 and m >= tuning.DENSE_M):
+        config = tuning.to_record(tuning.choose(operands.problem, jax.devices()[0].device_kind))
+    return {
+        "benchmark": "matmul",
+        "device": jax.devices()[0].device_kind,
+        "devices": 1,
+        "jax": jax.__version__,
+        "revision": revision(),
+        "date": date.today().isoformat(),
+        "scheme": scheme,
+        "m": m,
+        "n": n,
+        "k": k,
+        "metric": "us",
+        "value": round(float(np.median(times)), 2),
+        "spread": [round(times[0], 2), round(times[-1], 2)],
+        "limit": round(limit_us(operands.problem, bandwidth), 2),
+        "max_rel_error": float(f"{max_rel_error(out, operands.expected):.2e}"),
+        "compile_s": round(seconds, 1),
+        "kernel": config["kernel"] if config else "dequantize + library",
+        "config": config["config"] if config else None,
+        "peers": peers,
+    }
+
+
+def revision() -> str:
+    """The commit of the code, or "unknown" outside a repository."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def merge(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write records into a file of them; one of the same product on the same device gives way."""
+
+    def key(record: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(record[name] for name in ("device", "scheme", "n", "k", "m"))
+
+    old = json.loads(path.read_text()) if path.exists() else []
+    merged = {key(record): record for record in [*old, *records]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(merged[name]) for name in sorted(merged))
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="merge the records into this file")
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES, choices=SCHEMES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--shapes", nargs="+", help="N,K; default: those of Llama-3.1-8B")
+    parser.add_argument("--no-xla", action="store_true", help="skip XLA, whose search is slow")
+    parser.add_argument("--torch", type=Path, help="keep PyTorch's times here, or read them")
+    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--lock", type=Path, help="file by which several processes take turns")
+    args = parser.parse_args(arguments)
+    shapes = list(LLAMA_8B.values())
+    if args.shapes:
+        shapes = [(int(n), int(k)) for n, k in (shape.split(",") for shape in args.shapes)]
+    if args.torch and args.torch.exists():
+        torch = json.loads(args.torch.read_text())
+    else:
+        torch = {} if args.no_torch else torch_peers(shapes, args.tokens)
+        if args.torch:
+            args.torch.write_text(json.dumps(torch))
+    if not args.schemes:
+        return
+    with exclusive(args.lock):
+        bandwidth = read_bandwidth()
+    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+    for n, k in shapes:
+        for scheme in args.schemes:
+            for m in args.tokens:
+                record = measure(
+                    scheme,
+                    m,
+                    n,
+                    k,
+                    bandwidth=bandwidth,
+                    torch=torch,
+                    with_xla=not args.no_xla,
+                    lock=args.lock,
+                )
+                print(
+                    f"{scheme:6} {n}x{k} M={m}: {record['value']} us, limit {record['limit']}, "
+                    f"error {record['max_rel_error']:.1e}, {record['kernel']}, {record['peers']}",
+                    flush=True,
+                )
+                if args.json:
+                    merge(args.json, [record])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Quantized products by the Mosaic GPU kernels: arguments of `dispatch` in, kernels' operands out.
+
+The only place that pads: tokens to 8, rows of an odd weight to 64, its columns to 128.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qllama_kernels import tuning
+from qllama_kernels.batch_matmul import batch_matmul
+from qllama_kernels.decode_matmul import DecodeConfig, decode_matmul
+from qllama_kernels.dequantize import dequantize
+from qllama_kernels.fragments import COLUMNS, LAYOUTS, ROWS
+from qllama_kernels.reference import GroupSize
+from qllama_kernels.tuning import Config, Problem, Scheme
+from qllama_kernels.xla import dot
+
+_EIGHT_BIT: dict[str, Scheme] = {"int8": "w8a8", "float8_e4m3fn": "fp8"}
+_WEIGHT_ONLY: dict[str, Scheme] = {"wgmma4": "w4a16", "wgmma8": "w8a16"}
+GROUP_SIZES = (32, 64, 128)
+
+
+def column_group(group_size: GroupSize, n: int, k: int) -> int | None:
+    """Columns that share a scale, or None for whole rows.
+
+    Raises:
+        NotImplementedError: blocks of several rows, or a group that the kernels have no step for.
+    """
+    rows, columns = group_size if isinstance(group_size, tuple) else (1, group_size or k)
+    if columns >= k and rows in (1, n):
+        return None
+    if rows != 1 or columns not in GROUP_SIZES:
+        raise NotImplementedError(
+            f"scales over {rows}x{columns} weights; the kernels take rows or groups of "
+            f"{', '.join(map(str, GROUP_SIZES))} columns"
+        )
+    return columns
+
+
+def kernel_layout(
+    weight_dtype: str, group_size: GroupSize, shape: tuple[int, int], *, quantized_input: bool
+) -> str:
+    """The layout in which the kernels want a weight: "wgmma4", "wgmma8" or "natural".
+
+    Raises:
+        NotImplementedError: no kernel takes such a weight.
+    """
+    n, k = shape
+    group = column_group(group_size, n, k)
+    if quantized_input:
+        if weight_dtype not in _EIGHT_BIT or group is not None or n % 8 or k % COLUMNS:
+            raise NotImplementedError(
+                f"{weight_dtype} weight {list(shape)}, group_size={group_size}, with quantized "
+                f"tokens: the kernels take 8-bit weights, N a multiple of 8, K of {COLUMNS}, one "
+                "scale a row"
+            )
+        return "natural"
+    if weight_dtype not in LAYOUTS:
+        raise NotImplementedError(f"no kernel for {weight_dtype} weights and plain tokens")
+    return LAYOUTS[weight_dtype]
+
+
+def _scheme(x: jax.Array, codes: jax.Array, weight_dtype: str, layout: str) -> Scheme:
+    if layout in _WEIGHT_ONLY:
+        if x.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(
+                f"layout={layout!r} needs bfloat16 or float16 tokens, got {x.dtype}"
+            )
+        return _WEIGHT_ONLY[layout]
+    if weight_dtype not in _EIGHT_BIT or x.dtype != codes.dtype:
+        raise NotImplementedError(
+            f"{weight_dtype} weights in layout={layout!r} with {x.dtype} tokens; pack the weight "
+            "first (`dispatch.pack`)"
+        )
+    return _EIGHT_BIT[weight_dtype]
+
+
+def _device_kind() -> str:
+    """Of the first device, for the tables; a program lowered elsewhere gets the heuristic."""
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
+
+
+def problem_of(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    *,
+    weight_dtype: str,
+    group_size: GroupSize,
+    g_idx: jax.Array | None,
+    input_scale: jax.Array | None,
+    input_zero: jax.Array | None,
+    layout: str,
+) -> Problem:
+    """What the kernels would have to do.
+
+    Raises:
+        NotImplementedError: they cannot.
+    """
+    scheme = _scheme(x, codes, weight_dtype, layout)
+    packed = layout != "natural"
+    n, k = (scales.shape[1] if packed else codes.shape[0]), x.shape[-1]
+    if packed and scales.shape == (1, 1):
+        n = codes.shape[0] * ROWS
+    group = column_group(group_size, n, k)
+    if not packed:
+        kernel_layout(weight_dtype, group_size, (n, k), quantized_input=True)
+    if g_idx is not None:
+        raise NotImplementedError("g_idx: `dispatch.pack` sorts the columns and gives their order")
+    if input_zero is not None:
+        raise NotImplementedError("activations with a zero point")
+    if input_scale is not None and input_scale.ndim and input_scale.shape[-1] != 1:
+        raise NotImplementedError("activations with a scale per group of columns")
+    m = math.prod(x.shape[:-1])
+    return Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
+
+
+def library_is_faster(problem: Problem) -> bool:
+    """Whether `backend="auto"` should leave this to XLA."""
+    return tuning.library_is_faster(problem, _device_kind())
+
+
+def quantized_matmul(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    problem: Problem,
+    input_scale: jax.Array | None = None,
+    out_dtype: jnp.dtype | type = jnp.float32,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`[..., N]` in `out_dtype`; arguments as `dispatch.quantized_matmul`.
+
+    `config` None: the tuned one; weight-only products of many tokens then go through a dequantized
+    copy of the weight and the library's product.
+    """
+    lead, n = x.shape[:-1], problem.n
+    if problem.m == 0:
+        return jnp.zeros((*lead, n), out_dtype)
+    if config is None and not (_weight_only(problem) and problem.m >= tuning.DENSE_M):
+        config = tuning.choose(problem, _device_kind())
+    out = _product(
+        x.reshape(problem.m, problem.k),
+        codes,
+        scales,
+        zeros,
+        None if input_scale is None else _per_token(input_scale, problem.m),
+        problem=problem,
+        config=config,
+        out_dtype=jnp.dtype(out_dtype),
+        interpret=interpret,
+    )
+    return out.reshape(*lead, n)
+
+
+def _weight_only(problem: Problem) -> bool:
+    return tuning.X_BYTES[problem.scheme] == 2
+
+
+def _per_token(input_scale: jax.Array, m: int) -> jax.Array:
+    """float32 `[]` or `[m]`."""
+    input_scale = input_scale.astype(jnp.float32)
+    return input_scale.reshape(() if input_scale.size == 1 and m > 1 else input_scale.size)
+
+
+# A jit of its own, so that the layers of a model that share a kernel trace and lower it once.
+@functools.partial(jax.jit, static_argnames=("problem", "config", "out_dtype", "interpret"))
+def _product(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    input_scale: jax.Array | None,
+    *,
+    problem: Problem,
+    config: Config | None,
+    out_dtype: jnp.dtype,
+    interpret: bool,
+) -> jax.Array:
+    """`config` None: through a dequantized copy of the weight."""
+    m, k = problem.m, problem.k
+    n = -(-problem.n // ROWS) * ROWS  # of the result: whole tiles, for TMA
+    if codes.dtype == jnp.int32:
+        k = -(-k // COLUMNS) * COLUMNS
+        x = jnp.pad(x, ((0, 0), (0, k - problem.k)))
+    else:
+        scales = scales.reshape(1, -1)
+    if scales.shape != (1, 1):
+        scales = jnp.pad(scales, ((0, 0), (0, n - problem.n)))
+    zeros = None if zeros is None else jnp.pad(zeros, ((0, 0), (0, n - problem.n)))
+    if config is None:
+        weight = dequantize(
+            codes,
+            scales,
+            zeros,
+            n=n,
+            k=k,
+            group_size=problem.group_size,
+            dtype=x.dtype,
+            interpret=interpret,
+        )
+        return dot(x, weight, jnp.float32)[:, : problem.n].astype(out_dtype)
+    if m > 8 and m % 8:
+        x = jnp.pad(x, ((0, -m % 8), (0, 0)))
+        if input_scale is not None and input_scale.ndim:
+            input_scale = jnp.pad(input_scale, (0, -m % 8))
+    matmul = decode_matmul if isinstance(config, DecodeConfig) else batch_matmul
+    out = matmul(
+        x,
+        codes,
+        scales,
+        zeros,
+        input_scale,
+        n=n,
+        group_size=problem.group_size,
+        config=config,  # type: ignore[arg-type]
+        out_dtype=out_dtype,
+        interpret=interpret,
+    )
+    out = jnp.sum(out, axis=0) if config.splits > 1 else out[0]
+    return out[:m, : problem.n].astype(out_dtype)

@@ -1,0 +1,198 @@
+"""Which kernel, and which cut of the work, for a product: measured tables and a rule beyond them.
+
+`configs/<device>.json` holds what `benchmarks/tune.py` found fastest on a device. A product that is
+in no table gets `heuristic`, a small model of what bounds the kernels.
+"""
+
+import functools
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from typing import Any, Literal
+
+from qllama_kernels.batch_matmul import BatchConfig
+from qllama_kernels.decode_matmul import DecodeConfig
+from qllama_kernels.fragments import COLUMNS, ROWS
+from qllama_kernels.mosaic import SHARED_MEMORY
+
+Scheme = Literal["w4a16", "w8a16", "w8a8", "fp8"]
+Config = DecodeConfig | BatchConfig
+
+BITS: dict[Scheme, int] = {"w4a16": 4, "w8a16": 8, "w8a8": 8, "fp8": 8}
+X_BYTES: dict[Scheme, int] = {"w4a16": 2, "w8a16": 2, "w8a8": 1, "fp8": 1}
+M_BUCKETS = (8, 16, 32, 64, 128, 256)
+# From this many tokens on, weight-only products dequantize the weight once and leave the rest to
+# the library: dequantizing it again for every 128 tokens costs more than writing it out. Estimated
+# from the times at 128 tokens and the library's.
+DENSE_M = 640
+STREAMING_MULTIPROCESSORS = 132  # of an H100 and an H200
+_KERNELS: dict[str, type[Config]] = {"decode": DecodeConfig, "batch": BatchConfig}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What decides a config: `[m, k] · [n, k]ᵀ` under a scheme."""
+
+    scheme: Scheme
+    m: int
+    n: int
+    k: int
+    group_size: int | None = None
+
+    @property
+    def bucket(self) -> int:
+        """m rounded up to one of the sizes that are tuned and compiled."""
+        return next((b for b in M_BUCKETS if self.m <= b), M_BUCKETS[-1])
+
+
+def shared_memory(problem: Problem, config: Config) -> int:
+    """Bytes of shared memory that a kernel takes, barriers aside."""
+    bits, x_bytes = BITS[problem.scheme], X_BYTES[problem.scheme]
+    total = config.shared_memory(problem.k, bits=bits, x_bytes=x_bytes)
+    if problem.group_size:  # scales and zeros, of four bytes at most
+        groups = config.blocks * COLUMNS // min(problem.group_size, COLUMNS)
+        total += config.stages * config.warpgroups * groups * ROWS * 8
+    return total + 2048
+
+
+def fits(problem: Problem, config: Config) -> bool:
+    """Whether the kernel can run at all."""
+    return shared_memory(problem, config) <= SHARED_MEMORY
+
+
+def candidates(problem: Problem) -> list[Config]:
+    """What is worth timing: every config that fits, less those that plainly waste the device."""
+    configs: list[Config] = []
+    tiles = -(-problem.n // ROWS)
+    block_m = problem.bucket
+    if block_m <= 32:
+        for splits in (1, 2, 4, 8):
+            for warpgroups, per_sm in ((4, 1), (2, 2)):
+                ctas = min(tiles, per_sm * STREAMING_MULTIPROCESSORS // splits)
+                for blocks, stages in ((1, 2), (1, 3), (1, 4), (1, 6), (2, 2), (2, 3), (2, 4)):
+                    decode = DecodeConfig(
+                        block_m=block_m,
+                        ctas=ctas,
+                        splits=splits,
+                        warpgroups=warpgroups,
+                        blocks=blocks,
+                        stages=stages,
+                    )
+                    wasted = decode.k_slice(problem.k) * splits > 1.15 * problem.k
+                    if per_sm * shared_memory(problem, decode) <= SHARED_MEMORY and not wasted:
+                        configs.append(decode)
+    # Sums of 256 tokens leave no registers to turn codes into floats.
+    in_memory = X_BYTES[problem.scheme] == 1
+    for tile in {min(block_m, 128), block_m if in_memory else 128}:
+        if tile > block_m:
+            continue
+        for warpgroups in (1, 2, 4):
+            if warpgroups * tile > (512 if in_memory else 256):
+                continue  # registers
+            ctas = -(-tiles // warpgroups) * -(-problem.m // tile)
+            for splits in (1, 2, 4, 8):
+                if splits > 1 and ctas * splits > 8 * STREAMING_MULTIPROCESSORS:
+                    continue
+                for blocks, stages in ((1, 3), (1, 4), (1, 6), (2, 2), (2, 3), (2, 4)):
+                    if blocks > 1 and tile >= 128 and not in_memory:
+                        continue  # registers
+                    config = BatchConfig(
+                        block_m=tile,
+                        warpgroups=warpgroups,
+                        blocks=blocks,
+                        stages=stages,
+                        splits=splits,
+                    )
+                    if fits(problem, config):
+                        configs.append(config)
+    return configs
+
+
+def heuristic(problem: Problem) -> Config:
+    """A config for a product in no table."""
+    return min(candidates(problem), key=functools.partial(_estimate, problem))
+
+
+def _estimate(problem: Problem, config: Config) -> float:
+    """Microseconds, roughly: only their order matters. Fitted to what an H200 measured."""
+    bits, x_bytes = BITS[problem.scheme], X_BYTES[problem.scheme]
+    tiles, warpgroups = -(-problem.n // ROWS), config.warpgroups
+    stream = 115e3 if bits == 4 else 158e3  # bytes of weight a microsecond and multiprocessor
+    columns = config.stages * config.blocks * COLUMNS  # on their way to one CTA or warpgroup
+    if isinstance(config, DecodeConfig):
+        k: float = config.k_slice(problem.k)
+        resident = -(-config.ctas * config.splits // STREAMING_MULTIPROCESSORS)
+        rows = -(-tiles // config.ctas) * ROWS * resident
+        time = 2.68 + rows * k * bits / 8 / stream
+        time += resident * config.block_m * k * x_bytes / 177e3
+        in_flight = columns * warpgroups * ROWS * bits / 8 * resident
+        time *= 0.55 if warpgroups == 2 else 1.0
+    else:
+        k = problem.k / config.splits
+        ctas = -(-tiles // warpgroups) * -(-problem.m // config.block_m) * config.splits
+        per_thread = 90 + config.block_m if x_bytes == 2 else 40 + 0.55 * config.block_m
+        resident = min(
+            max(1, int(2048 * 0.276 / (128 * warpgroups))),
+            max(1, int(65536 / (per_thread * 128 * warpgroups))),
+            max(1, 232448 // shared_memory(problem, config)),
+            -(-ctas // STREAMING_MULTIPROCESSORS),
+        )
+        waves = math.ceil(ctas / STREAMING_MULTIPROCESSORS / resident) * resident
+        weight = warpgroups * ROWS * k * bits / 8
+        tokens = config.block_m * k * x_bytes
+        operations = 2 * warpgroups * ROWS * config.block_m * k
+        rate = 2.27e6 if x_bytes == 2 else 6.42e6
+        busy = min(1.0, resident * warpgroups / 4.17) ** 0.28
+        time = 1.87 + waves * max(weight / stream + tokens / 85.4e3, operations / rate) / busy
+        in_flight = columns * resident * (warpgroups * ROWS * bits / 8 + config.block_m * x_bytes)
+        time *= {1: 1.16, 2: 1.0}.get(warpgroups, 1.47)
+    if config.splits > 1:
+        time += 2.11 + config.splits * problem.m * problem.n * 8 / 1.4e6
+    return time * max(1.0, 151e3 / in_flight) ** 0.685 / config.blocks**0.045
+
+
+@functools.cache
+def table(device_kind: str) -> dict[tuple[str, int, int, int], dict[str, Any]]:
+    """`(scheme, n, k, bucket)` -> record of `benchmarks/tune.py`; empty for an unknown device."""
+    name = device_kind.lower().replace(" ", "_") + ".json"
+    file = resources.files("qllama_kernels").joinpath("configs", name)
+    if not file.is_file():
+        return {}
+    records = json.loads(file.read_text())
+    return {(r["scheme"], r["n"], r["k"], r["m"]): r for r in records}
+
+
+def choose(problem: Problem, device_kind: str = "") -> Config:
+    """The config to run: the table's where it has one that fits, else the heuristic's."""
+    record = table(device_kind).get((problem.scheme, problem.n, problem.k, problem.bucket))
+    if record is not None:
+        config = from_record(record)
+        if problem.m > M_BUCKETS[-1]:  # enough work for every multiprocessor without partial sums
+            config = replace(config, splits=1)
+        if fits(problem, config):
+            return config
+    return heuristic(problem)
+
+
+def library_is_faster(problem: Problem, device_kind: str = "") -> bool:
+    """Whether XLA was measured to beat the best kernel, or the kernel was not measured at all."""
+    if problem.scheme == "fp8" and problem.m > M_BUCKETS[-1]:
+        return True
+    if X_BYTES[problem.scheme] == 2 or problem.m > M_BUCKETS[-1]:
+        return False
+    record = table(device_kind).get((problem.scheme, problem.n, problem.k, problem.bucket))
+    if record is None or record["us"] is None or record["xla_us"] is None:
+        return False
+    return record["xla_us"] < record["us"]
+
+
+def to_record(config: Config) -> dict[str, Any]:
+    """A config as JSON has it."""
+    kernel = next(name for name, cls in _KERNELS.items() if isinstance(config, cls))
+    return {"kernel": kernel, "config": asdict(config)}
+
+
+def from_record(record: dict[str, Any]) -> Config:
+    """The inverse of `to_record`."""
+    return _KERNELS[record["kernel"]](**record["config"])

@@ -1,0 +1,77 @@
+"""Compiles the table's kernels for sm_90a without a GPU and prints ptxas' registers and spills.
+
+A program of its own, because JAX must see the CUDA plugin. Needs jax-cuda13-plugin,
+jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-runtime and nvidia-nvjitlink.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+# What XLA's own description of an H100 says of its limits.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
+  device_address_bits: 64 name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0"
+  runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def main() -> None:
+    import nvidia
+
+    toolkit = next(folder for path in nvidia.__path__ if (folder := Path(path) / "cu13").is_dir())
+    dump = Path(tempfile.mkdtemp())
+    os.environ.update(
+        JAX_PLATFORMS="",
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+        MOSAIC_GPU_DUMP_PTXAS="1",
+        MOSAIC_GPU_DUMP_TO=str(dump),
+        PATH=f"{toolkit / 'bin'}:{os.environ['PATH']}",
+        XLA_FLAGS=f"--xla_gpu_cuda_data_dir={toolkit}",
+    )
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+    from qllama_kernels import tuning
+    from test_kernels_tuning import TABLE, operands, product
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    done = set()
+    for key in sorted(TABLE):
+        scheme, n, k, m = key
+        group = 128 if scheme == "w4a16" else None
+        problem = tuning.Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
+        config = tuning.from_record(TABLE[key])
+        if (scheme, config) in done:
+            continue
+        done.add((scheme, config))
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), operands(problem)
+        )
+        for file in dump.iterdir():
+            file.unlink()
+        jax.jit(product(problem, config)).lower(*arguments).compile()
+        reports = [file.read_text() for file in dump.glob("*.ptxas")]
+        spills = [int(n) for text in reports for n in re.findall(r"(\d+) bytes spill", text)]
+        print(json.dumps({"product": key, "config": str(config), "spilled": spills}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The compiled kernels on a GPU: the register path, which the simulator does not know."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qllama_kernels import dispatch, pallas, reference, tuning
+from test_kernels_matmul import random_weight
+
+pytestmark = pytest.mark.gpu
+EDGES = (1, 7, 8, 9, 16, 17, 32, 33, 40, 63, 64, 65, 128, 129, 200, 256, 257)
+
+
+@functools.cache
+def weight(scheme, n, k, group=None, asymmetric=False):
+    """A weight, packed and natural."""
+    rng = np.random.default_rng(0)
+    if scheme in ("w4a16", "w8a16"):
+        bits = tuning.BITS[scheme]
+        codes, scales, zeros = random_weight(rng, bits, n, k, group, asymmetric=asymmetric)
+        packed = dispatch.pack(
+            codes, scales, zeros, k=k, weight_dtype=f"int{bits}", group_size=group
+        )
+        return codes, scales, zeros, packed
+    dtype = "int8" if scheme == "w8a8" else "float8_e4m3fn"
+    values = rng.integers(-128, 128, (n, k)) / (1 if dtype == "int8" else 8)
+    codes, scales = jnp.asarray(values, dtype), jnp.asarray(rng.uniform(0.5, 1.5, (n, 1)))
+    scales = scales.astype(jnp.float32)
+    packed = dispatch.pack(codes, scales, k=k, weight_dtype=dtype, quantized_input=True)
+    return codes, scales, None, packed
+
+
+def check(scheme, m, n, k, *, group=None, asymmetric=False, dtype="bfloat16", backend="pallas"):
+    """The dispatched kernel against the reference."""
+    codes, scales, zeros, packed = weight(scheme, n, k, group, asymmetric)
+    rng = np.random.default_rng(m)
+    weight_dtype = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8"}.get(scheme, "float8_e4m3fn")
+    kwargs = {"weight_dtype": weight_dtype, "group_size": group}
+    if scheme in ("w4a16", "w8a16"):
+        x = jnp.asarray(rng.normal(size=(m, k)), dtype)
+    else:
+        x = jnp.asarray(rng.integers(-128, 128, (m, k)) / 8, weight_dtype)
+        kwargs["input_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, (m, 1)), jnp.float32)
+    out = dispatch.quantized_matmul(
+        x,
+        packed.codes,
+        packed.scales,
+        packed.zeros,
+        layout=packed.layout,
+        out_dtype=jnp.float32,
+        backend=backend,
+        **kwargs,
+    )
+    expected = np.asarray(
+        jax.jit(functools.partial(reference.quantized_matmul, **kwargs))(x, codes, scales, zeros)
+    )
+    # Hopper's fp8 sums keep about 14 bits; the dequantized copy is rounded to 16.
+    tolerance = 1e-2 if scheme == "fp8" or m >= tuning.DENSE_M else 1e-4
+    assert np.abs(np.asarray(out) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("m", range(1, 41))
+def test_every_small_m(m):
+    check("w4a16", m, 192, 1024, group=128)
+
+
+@pytest.mark.parametrize("m", EDGES)
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8", "fp8"])
+def test_bucket_edges(scheme, m):
+    check(scheme, m, 264, 1152, group=128 if scheme in ("w4a16", "w8a16") else None)
+
+
+@pytest.mark.parametrize("m", [3, 16, 64, 512])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, None])
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
+def test_weight_only_schemes(scheme, group, asymmetric, dtype, m):
+    check(scheme, m, 200, 576, group=group, asymmetric=asymmetric, dtype=dtype)
+
+
+@pytest.mark.parametrize("record", sorted(tuning.table("NVIDIA H200"), key=str), ids=str)
+def test_every_config_of_the_table(record):
+    scheme, n, k, m = record
+    check(scheme, m, n, k, group=128 if scheme == "w4a16" else None)
+
+
+def test_auto_runs_the_kernels():
+    assert dispatch.kernels_run_here()
+    check("w4a16", 5, 192, 1024, group=128, backend="auto")
+
+
+def test_one_compilation_for_many_layers():
+    """The second program with the same kernel finds it compiled."""
+    _, _, _, packed = weight("w4a16", 192, 1024, 128)
+    x = jnp.ones((8, 1024), jnp.bfloat16)
+    problem = tuning.Problem(scheme="w4a16", m=8, n=192, k=1024, group_size=128)
+
+    def layers(x, weights):
+        run = functools.partial(pallas.quantized_matmul, problem=problem)
+        return [run(x, w.codes, w.scales) for w in weights]
+
+    outs = jax.jit(layers)(x, [packed] * 8)
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])

@@ -1,0 +1,71 @@
+"""The kernels inside the model: packed at load, simulated on a CPU, lowered whole for a GPU."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from qllama import LLM
+from qllama.engine import runner
+from qllama.model.dense import QuantDense
+from qllama.model.kv_cache import init_cache
+
+# Each simulated warpgroup waits in a thread of XLA's pool, which has one for each core.
+os.environ.setdefault("NPROC", "16")
+
+
+def quant_denses(llm: LLM) -> list[QuantDense]:
+    return [m for _, m in nnx.iter_modules(llm.model) if isinstance(m, QuantDense)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ct_w4a16_g128", "ct_w8a8_int8", "gptq_w4_g128_desc_act"])
+def test_simulated_kernels_give_the_references_logits(tiny_llama3, kind: str) -> None:
+    folder: Path = tiny_llama3(kind)
+    ids = load_file(folder / "expected.safetensors")["input_ids_0"].reshape(-1)
+    logits = {}
+    for backend in ("interpret", "reference"):
+        llm = LLM(folder, dtype="bfloat16", backend=backend, max_model_len=64)
+        logits[backend] = llm.logits(ids)
+    error = np.abs(logits["interpret"] - logits["reference"]).max()
+    # int8 sums are exact; bfloat16 products round differently, by half of what bfloat16 does here.
+    assert error <= (1e-5 if kind == "ct_w8a8_int8" else 0.12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "kernels"),
+    [
+        ("ct_w4a16_g128", "wgmma4", 4),
+        ("gptq_w4_g128_desc_act", "wgmma4", 4),
+        ("ct_w8a8_int8", "natural", 4),
+    ],
+)
+def test_a_decode_step_lowers_for_a_gpu_with_each_kernel_once(
+    tiny_llama3, kind: str, layout: str, kernels: int
+) -> None:
+    llm = LLM(tiny_llama3(kind), dtype="bfloat16", backend="pallas", max_model_len=64)
+    layers = quant_denses(llm)
+    assert len(layers) == 4 * llm.config.num_hidden_layers
+    assert {layer.weight.get_value().layout for layer in layers} == {layout}
+    graphdef, state = nnx.split(llm.model)
+    cache = init_cache(llm.config, 8, 128, llm.kv_cache_dtype)
+    slots = runner.Runner(llm.model, cache_dtype=llm.kv_cache_dtype, steps=1)
+    slots.reset(8, runner.Features())
+
+    def decode(state: nnx.State, cache: object, slots: object, alive: jax.Array) -> object:
+        model = nnx.merge(graphdef, state)
+        return runner._decode(model, cache, slots, alive, steps=8, features=runner.Features())
+
+    traced = jax.jit(decode).trace(state, cache, slots.slots, np.ones(8, bool))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Four Linears a layer, several layers, eight steps: each kernel stands in the program once.
+    assert text.count("@mosaic_gpu_v2") == kernels
+
+
+def test_a_weight_without_a_kernel_is_refused_by_name(tiny_llama3) -> None:
+    with pytest.raises(NotImplementedError, match="float4"):
+        LLM(tiny_llama3("ct_nvfp4a16"), dtype="bfloat16", backend="pallas")
