@@ -131,7 +131,7 @@ class LLM:
             self.config = LlamaConfig.from_hf(checkpoint.config)
             self.quantization = parse_quantization(checkpoint, linear_shapes(self.config))
             self.tokenizer = _tokenizer(folder, tokenizer)
-            self.eos_token_ids = _eos_token_ids(checkpoint, self.config)
+            self.eos_token_ids = _eos_token_ids(checkpoint, self.config, self.tokenizer)
             self.default_sampling_params = _default_sampling_params(checkpoint)
             self.dtype = compute_dtype(dtype, self.config.dtype)
             self.kv_cache_dtype = _kv_cache_dtype(kv_cache_dtype, self.dtype, self.quantization)
@@ -402,11 +402,19 @@ def _tokenizer(folder: Path, given: Any | None) -> Any | None:
     return tokenizer
 
 
-def _eos_token_ids(checkpoint: Checkpoint, config: LlamaConfig) -> tuple[int, ...]:
-    """generation_config.json's, which for Llama 3 has the whole set, else config.json's."""
-    generation = checkpoint.generation_config
-    ids = token_ids(generation, "eos_token_id", config.vocab_size, file="generation_config.json")
-    return ids or config.eos_token_ids
+def _eos_token_ids(
+    checkpoint: Checkpoint, config: LlamaConfig, tokenizer: Any | None
+) -> tuple[int, ...]:
+    """generation_config.json's, which for Llama 3 has the whole set; else config.json's; else the
+    tokenizer's."""
+    ids = token_ids(
+        checkpoint.generation_config,
+        "eos_token_id",
+        config.vocab_size,
+        file="generation_config.json",
+    )
+    of_tokenizer = None if tokenizer is None else tokenizer.eos_token_id
+    return ids or config.eos_token_ids or (() if of_tokenizer is None else (of_tokenizer,))
 
 
 def _default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:

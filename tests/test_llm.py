@@ -1,5 +1,6 @@
 """The public API: what `LLM` promises, on the embedded model."""
 
+import json
 import math
 from pathlib import Path
 
@@ -156,6 +157,20 @@ def test_without_tokenizer_token_ids_still_work(tiny_llama3, tmp_path: Path) -> 
         llm.generate({"prompt_token_ids": [1]}, SamplingParams(stop="x"))
 
 
+def test_the_tokenizers_end_token_counts_where_no_config_names_one(
+    tiny_llama3, tmp_path: Path
+) -> None:
+    source = tiny_llama3("ct_w4a16_g128")
+    for file in source.iterdir():
+        if file.name not in ("config.json", "generation_config.json"):
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text())
+    del config["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path)
+    assert llm.eos_token_ids == (llm.tokenizer.eos_token_id,)
+
+
 def test_without_chat_template_chat_says_so(llm: LLM) -> None:
     template, llm.tokenizer.chat_template = llm.tokenizer.chat_template, None
     try:
@@ -183,12 +198,18 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         {"max_model_len": 2048},
         {"max_num_seqs": -1},
         {"gpu_memory_utilization": 1.5},
-        {"tokenizer": "/nowhere"},
     ],
 )
 def test_bad_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         LLM(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        LLM(tokenizer="/nowhere/at/all")
+    with pytest.raises(ValueError, match="no tokenizer files"):
+        LLM(tokenizer=tmp_path)
 
 
 # -- what is generated ---------------------------------------------------------------------------
