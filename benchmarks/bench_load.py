@@ -1,4 +1,4 @@
-"""How much memory and time loading a checkpoint takes beyond the weights themselves.
+"""How much memory loading a checkpoint takes beyond the weights themselves.
 
     python benchmarks/bench_load.py --json benchmarks/results/load-cpu.json
     python benchmarks/bench_load.py --checkpoint DIR --backend xla
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def bench_load(case: Case, scratch: Path, *, repeat: int = 5) -> dict[str, Any]:
     )
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(runs: list[dict[str, int]]) -> dict[str, Any]:
     """Value, spread, limit and parts of a record from what `measure` found several times."""
     peaks = [run["peak"] for run in runs]
     placed, largest = runs[0]["placed"], runs[0]["largest"]
@@ -92,12 +91,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "checkpoint": runs[0]["stored"],
             "placed": placed,
             "largest_tensor": largest,
-            "seconds": round(statistics.median(run["seconds"] for run in runs), 2),
         },
     }
 
 
-def measure_apart(checkpoint: Path, backend: str, dtype: str) -> dict[str, Any]:
+def measure_apart(checkpoint: Path, backend: str, dtype: str) -> dict[str, int]:
     """`measure` in a process of its own, whose memory nothing else has touched."""
     command = [sys.executable, __file__, "--measure", "--checkpoint", str(checkpoint)]
     command += ["--backend", backend, "--dtype", dtype]
@@ -105,12 +103,12 @@ def measure_apart(checkpoint: Path, backend: str, dtype: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def measure(checkpoint: Path, backend: str, dtype: str) -> dict[str, Any]:
+def measure(checkpoint: Path, backend: str, dtype: str) -> dict[str, int]:
     """Load a checkpoint once.
 
     Returns:
         Bytes of the `peak` of anonymous memory over the value after imports, of the `placed`
-        weights, of the `largest` stored tensor and of all `stored` ones; and `seconds`.
+        weights, of the `largest` stored tensor and of all `stored` ones.
     """
     import jax
     import transformers
@@ -124,19 +122,16 @@ def measure(checkpoint: Path, backend: str, dtype: str) -> dict[str, Any]:
     files = [SafetensorsFile(path) for path in Path(checkpoint).glob("*.safetensors")]
     sizes = [entry.stop - entry.start for file in files for entry in file.tensors.values()]
     before = anonymous_memory()
-    start = time.perf_counter()
     with (
         peak_anonymous_memory() as peak,
         LLM(checkpoint, backend=backend, dtype=dtype, max_model_len=16, max_num_seqs=1) as llm,
     ):
         placed = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(llm.model)))
-        seconds = time.perf_counter() - start
     return {
         "peak": peak[0] - before,
         "placed": placed,
         "largest": max(sizes),
         "stored": sum(sizes),
-        "seconds": seconds,
     }
 
 
