@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-PROMPT, STEPS, PREFILL, REPEAT = 32, 32, 512, 5
+PROMPT, STEPS, PREFILL, REPEAT = 32, 8, 512, 5
 BATCHES = (1, 8)
 GROUP_SIZE = 64
 
