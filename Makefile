@@ -17,7 +17,7 @@ ORACLE_PYTHON ?= $(call find_python,3.11,python3.11 python3 python)
 
 pip_install := -m pip install -qq --disable-pip-version-check
 
-.PHONY: help demo test test-slow oracle lint clean
+.PHONY: help demo test test-slow fuzz oracle lint clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,10 @@ test: .venv/.installed-dev  ## run the tests (ARGS="tests/test_house.py -x" narr
 
 test-slow: ARGS = -m "slow and not gpu"
 test-slow: test  ## run the tests that take minutes
+
+fuzz: export QLLAMA_FUZZ_EXAMPLES = $(or $(EXAMPLES),400)
+fuzz: .venv/.installed-dev  ## spoil checkpoints at random (EXAMPLES=5000 of every format)
+	.venv/bin/python -m pytest -q -s tests/test_fuzz.py $(ARGS)
 
 lint: .venv/.installed-dev  ## ruff and mypy
 	.venv/bin/ruff check

@@ -6,6 +6,7 @@ Field names are Hugging Face's. Both dialects are read: transformers 4 (`rope_th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Any, Literal
 
 from qllama.errors import CheckpointError
@@ -71,12 +72,12 @@ class LlamaConfig:
         if model_type != "llama":
             names = config.get("architectures")
             raise CheckpointError(
-                f"config.json: model_type={model_type!r} (architectures={names!r}); only "
+                f"config.json: model_type={shown(model_type)} (architectures={shown(names)}); only "
                 "model_type='llama' (LlamaForCausalLM) is supported"
             )
         activation = config.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
-            raise CheckpointError(f"config.json: hidden_act={activation!r}; Llama uses 'silu'")
+            raise CheckpointError(f"config.json: hidden_act={shown(activation)}; Llama uses 'silu'")
         hidden_size = _integer(config, "hidden_size")
         heads = _integer(config, "num_attention_heads")
         kv_heads = _integer(config, "num_key_value_heads", default=heads)
@@ -132,8 +133,8 @@ def token_ids(
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
             raise CheckpointError(
-                f"{file}: {key}={value!r} must be a token id below vocab_size={vocab_size}, or a "
-                "list of them"
+                f"{file}: {key}={shown(value)} must be a token id below "
+                f"vocab_size={vocab_size}, or a list of them"
             )
     return tuple(ids)
 
@@ -152,22 +153,31 @@ def _integer(
         raise CheckpointError(f"config.json: {path}{key} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
         raise CheckpointError(
-            f"config.json: {path}{key}={value!r} must be an integer from 1 to {largest}"
+            f"config.json: {path}{key}={shown(value)} must be an integer from 1 to {largest}"
         )
     return value
 
 
 def _number(
-    config: Mapping[str, Any], key: str, default: float | None = None, path: str = ""
+    config: Mapping[str, Any],
+    key: str,
+    default: float | None = None,
+    path: str = "",
+    smallest: float = 1e-12,
+    largest: float = 1e18,
 ) -> float:
+    """The bounds keep all that is computed from such numbers finite in float32."""
     value = config.get(key)
     if value is None:
         value = default
     if value is None:
         raise CheckpointError(f"config.json: {path}{key} is missing")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < 1e18:  # nor infinite, nor NaN
-        raise CheckpointError(f"config.json: {path}{key}={value!r} must be a positive number")
+    if not number or not smallest <= value <= largest:  # nor NaN
+        raise CheckpointError(
+            f"config.json: {path}{key}={shown(value)} must be a positive number from {smallest:g} "
+            f"to {largest:g}"
+        )
     return float(value)
 
 
@@ -176,7 +186,7 @@ def _boolean(config: Mapping[str, Any], key: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key}={value!r} must be true or false")
+        raise CheckpointError(f"config.json: {key}={shown(value)} must be true or false")
     return value
 
 
@@ -186,7 +196,9 @@ def _dtype(config: Mapping[str, Any]) -> str:
     names = [n.removeprefix("torch.") if isinstance(n, str) else n for n in names]
     for name in names:
         if name not in DTYPES:
-            raise CheckpointError(f"config.json: dtype={name!r}; use one of {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"config.json: dtype={shown(name)}; use one of {', '.join(DTYPES)}"
+            )
         if name != names[0]:
             raise CheckpointError(f"config.json: dtype={names[0]!r} but torch_dtype={name!r}")
     return names[0] if names else "bfloat16"
@@ -200,16 +212,16 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
         if section is None:
             continue
         if not isinstance(section, dict):
-            raise CheckpointError(f"config.json: {key}={section!r} must be an object")
+            raise CheckpointError(f"config.json: {key}={shown(section)} must be an object")
         sections.append((key, section))
 
     thetas = {
-        _number(section, "rope_theta", path=f"{path}.")
+        _number(section, "rope_theta", path=f"{path}.", smallest=1)
         for path, section in sections
         if section.get("rope_theta") is not None
     }
     if config.get("rope_theta") is not None:
-        thetas.add(_number(config, "rope_theta"))
+        thetas.add(_number(config, "rope_theta", smallest=1))
     if len(thetas) > 1:
         raise CheckpointError(f"config.json: rope_theta is given as {sorted(thetas)}")
 
@@ -223,7 +235,9 @@ def _rope_scaling(path: str, section: Mapping[str, Any], max_positions: int) -> 
     kinds = [section[k] for k in ("rope_type", "type") if section.get(k) is not None]
     kind: Any = kinds[0] if kinds else "default"
     if kinds and kinds[-1] != kind:
-        raise CheckpointError(f"config.json: {path} names two types, {kind!r} and {kinds[-1]!r}")
+        raise CheckpointError(
+            f"config.json: {path} names two types, {shown(kind)} and {shown(kinds[-1])}"
+        )
     if section.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(f"config.json: {path}.partial_rotary_factor is not supported")
     if kind == "default":
@@ -231,12 +245,12 @@ def _rope_scaling(path: str, section: Mapping[str, Any], max_positions: int) -> 
     if kind in ("linear", "dynamic"):
         return RopeScaling(
             rope_type=kind,
-            factor=_number(section, "factor", path=f"{path}."),
+            factor=_factor(path, section),
             original_max_position_embeddings=max_positions,
         )
     if kind != "llama3":
         raise CheckpointError(
-            f"config.json: {path}.rope_type={kind!r} is not supported; "
+            f"config.json: {path}.rope_type={shown(kind)} is not supported; "
             "'default', 'linear', 'dynamic' and 'llama3' are"
         )
     low = _number(section, "low_freq_factor", path=f"{path}.")
@@ -247,10 +261,15 @@ def _rope_scaling(path: str, section: Mapping[str, Any], max_positions: int) -> 
         )
     return RopeScaling(
         rope_type="llama3",
-        factor=_number(section, "factor", path=f"{path}."),
+        factor=_factor(path, section),
         low_freq_factor=low,
         high_freq_factor=high,
         original_max_position_embeddings=_integer(
             section, "original_max_position_embeddings", path=f"{path}."
         ),
     )
+
+
+def _factor(path: str, section: Mapping[str, Any]) -> float:
+    """How many times the context is stretched; "dynamic" loses too many digits above a million."""
+    return _number(section, "factor", path=f"{path}.", smallest=1, largest=1e6)

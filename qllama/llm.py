@@ -130,7 +130,7 @@ class LLM:
         with open_checkpoint(folder) as checkpoint:
             self.config = LlamaConfig.from_hf(checkpoint.config)
             self.quantization = parse_quantization(checkpoint, linear_shapes(self.config))
-            self.tokenizer = _tokenizer(folder, tokenizer)
+            self.tokenizer = _tokenizer(folder, tokenizer, self.config.vocab_size)
             self.eos_token_ids = _eos_token_ids(checkpoint, self.config, self.tokenizer)
             self.default_sampling_params = _default_sampling_params(checkpoint)
             self.dtype = compute_dtype(dtype, self.config.dtype)
@@ -391,12 +391,12 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
 
 
-def _tokenizer(folder: Path, given: Any | None) -> Any | None:
+def _tokenizer(folder: Path, given: Any | None, vocab_size: int) -> Any | None:
     if given is None:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, vocab_size)
     if not isinstance(given, str | Path):
         return given
-    tokenizer = load_tokenizer(resolve(given, files=TOKENIZER_FILES))
+    tokenizer = load_tokenizer(resolve(given, files=TOKENIZER_FILES), vocab_size)
     if tokenizer is None:
         raise ValueError(f"tokenizer={str(given)!r}: there are no tokenizer files in that folder")
     return tokenizer

@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,45 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def load_tokenizer(folder: str | Path) -> Any | None:
-    """The transformers tokenizer in `folder`; None where it has none. Contacts no hub.
+def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Any | None:
+    """The transformers tokenizer in `folder`; None where it has none. Contacts no hub, and runs no
+    code that the folder brings.
 
     Raises:
-        CheckpointError: its files are there but cannot be used.
+        CheckpointError: its files are there but cannot be used, or make token ids that a model of
+            `vocab_size` does not have.
     """
     folder = Path(folder)
     if not any(os.path.lexists(folder / name) for name in TOKENIZER_FILES):
         return None
     # Else transformers tells every user that it found no PyTorch, which qllama does without.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading may never end
+            raise CheckpointError(f"{path}: is not a regular file; remove it")
     try:
-        return _tokenizer_class(folder).from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the library raises whatever a malformed file makes it stumble on
+        tokenizer = _tokenizer_class(folder).from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        # Some of what may be wrong shows only in use.
+        ids = encode_prompt(tokenizer, "Hello")
+        tokenizer.decode(ids)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The libraries raise whatever a malformed file makes them stumble on. A panic of Rust code is
+    # not even an Exception.
+    except BaseException as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise CheckpointError(
-            f"{folder}: the tokenizer files cannot be used ({type(error).__name__}: {error}); "
-            "download them again, or pass tokenizer="
+            f"{folder}: the tokenizer files cannot be used ({reason}); download them again, or "
+            "pass tokenizer="
         ) from error
+    if vocab_size is not None and max(ids, default=0) >= vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer makes token id {max(ids)}, but the model has {vocab_size} "
+            "tokens: they do not belong together; pass tokenizer="
+        )
+    return tokenizer
 
 
 def _tokenizer_class(folder: Path) -> Any:
@@ -82,12 +104,10 @@ def encode_chat(
             "the tokenizer has no chat template; use generate() with a prompt in the model's own "
             "format, or a checkpoint with chat_template.jinja"
         )
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program, so whatever its mistakes raise
         raise ValueError(f"the chat template cannot render these messages: {error}") from error
     return tokenizer.encode(text, add_special_tokens=False)  # the template has written them

@@ -126,6 +126,11 @@ def words(*values: int) -> np.ndarray:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    path.write_bytes(encode_tensors(tensors))
+
+
+def encode_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, array in tensors.items():
@@ -137,11 +142,15 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    content = path.read_bytes()
+    return decode_tensors(path.read_bytes())
+
+
+def decode_tensors(content: bytes) -> dict[str, np.ndarray]:
+    """What a safetensors file holds."""
     data = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:data])
     header.pop("__metadata__", None)

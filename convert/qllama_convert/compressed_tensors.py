@@ -4,7 +4,6 @@ Source: compressed-tensors `quantization/quant_config.py`, `utils/match.py`; the
 object in vLLM and transformers.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from qllama.errors import CheckpointError
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec
 from qllama_convert.module_tensors import FLOATS
-from qllama_convert.patterns import compile_pattern
+from qllama_convert.patterns import Pattern, compile_pattern
 from qllama_convert.quantization_scheme import PRESETS, file_format, parse_scheme
 from qllama_convert.section import Section, shown
 
@@ -36,7 +35,7 @@ class _Target:
     """A module path, "re:" and a regular expression, or a class of modules."""
 
     text: str
-    pattern: re.Pattern[str] | None = field(default=None, compare=False)
+    pattern: Pattern | None = field(default=None, compare=False)
 
     def rank(self, path: str) -> int | None:
         """How it matches a Linear: 0 by its name, 1 by expression, 2 by class, None: not."""

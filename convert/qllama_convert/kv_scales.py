@@ -1,5 +1,6 @@
 """The calibrated scales of a quantized KV cache, under all the names they have had."""
 
+from reprlib import repr as shown
 from typing import NamedTuple
 
 import numpy as np
@@ -90,9 +91,11 @@ def _read_scale(
         raise tensors.wrong_shape(suffix, f"[1], or [{num_kv_heads}, 1, 1] for strategy attn_head")
     stored = tensors.read(suffix, dtypes=FLOATS).astype(np.float32)
     scales = stored.reshape(-1, 1)
-    if not (np.isfinite(scales) & (scales > 0)).all():
+    # Inputs are divided by them: a subnormal number counts as zero on most devices.
+    if not ((scales >= np.finfo(np.float32).tiny) & (scales < np.inf)).all():
         raise tensors.error(
-            f"tensor {suffix} is {scales.ravel().tolist()}; scales must be finite and above zero",
+            f"tensor {suffix} is {shown(scales.ravel().tolist())}; scales must be finite and above "
+            "zero, and no subnormal numbers",
             suffix,
         )
     return scales

@@ -45,6 +45,9 @@ _WRITERS: dict[str, Callable[[QTensor], dict[str, np.ndarray]]] = {
 }
 """The formats that are written, see `qllama_convert.export_config` for which scheme goes where."""
 
+# The bound of unquantized weights, for codes of eight bits.
+_SCALE_LIMIT = 65536 / 2**8
+
 
 @dataclass(frozen=True)
 class LinearWeights:
@@ -133,6 +136,12 @@ def _check(tensors: ModuleTensors, weight: QTensor) -> None:
     except ValueError as error:
         raise tensors.error(str(error)) from error
     scales = np.asarray(weight.scales)
+    if scales.max(initial=0) >= _SCALE_LIMIT:
+        place = np.unravel_index(int(scales.argmax()), scales.shape)
+        raise tensors.error(
+            f"the scale at {[int(i) for i in place]} is {float(scales.max()):g}, {_SCALE_LIMIT:g} "
+            "or more, which makes weights that overflow: the file is damaged, download it again"
+        )
     empty = scales == 0
     if not empty.any():
         return

@@ -188,6 +188,8 @@ def _stack(linears: Sequence[LinearWeights]) -> LinearWeights | None:
     biases = [linear.bias for linear in linears if linear.bias is not None]
     if biases and len(biases) < len(linears):
         return None
+    if len({bias.dtype for bias in biases}) > 1:
+        return None
     bias = np.concatenate(biases) if biases else None
     quantized = [linear.weight for linear in linears if isinstance(linear.weight, QTensor)]
     if quantized:

@@ -1,5 +1,8 @@
 """The tensors of one module of a checkpoint, read under their rules or refused with their name."""
 
+import math
+from typing import NoReturn
+
 import numpy as np
 
 from qllama.errors import CheckpointError
@@ -8,8 +11,14 @@ from qllama_convert.checkpoint import Checkpoint, TensorInfo
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes of unquantized weights, of biases and of scales."""
 
-# The exponent bits of each float type: all set means infinity or NaN.
-_EXPONENT = {"BF16": ("u2", 0x7F80), "F16": ("u2", 0x7C00), "F32": ("u4", 0x7F800000)}
+# Each float type as integers: the bits without the sign, and those of 65536 (F16: infinity), from
+# which on a value is larger than any of float16. Larger ones make products overflow, and no
+# training ends with them.
+_MAGNITUDE = {
+    "BF16": ("u2", 0x7FFF, 0x4780),
+    "F16": ("u2", 0x7FFF, 0x7C00),
+    "F32": ("u4", 0x7FFFFFFF, 0x47800000),
+}
 _CHUNK = 1 << 20
 
 
@@ -62,17 +71,25 @@ class ModuleTensors:
         return self.checkpoint.read(f"{self.path}.{suffix}")
 
     def read_floats(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
-        """An unquantized tensor, BF16, F16 or F32 as stored, without infinity or NaN."""
+        """An unquantized tensor, BF16, F16 or F32 as stored, its values in the range of F16."""
         array = self.read(suffix, dtypes=FLOATS, shape=shape)
-        unsigned, exponent = _EXPONENT[self.info(suffix).dtype]
+        unsigned, mask, limit = _MAGNITUDE[self.info(suffix).dtype]
         flat = array.reshape(-1).view(unsigned)
-        mask = flat.dtype.type(exponent)
         for start in range(0, flat.size, _CHUNK):
-            bad = (flat[start : start + _CHUNK] & mask) == mask
+            bad = (flat[start : start + _CHUNK] & flat.dtype.type(mask)) >= limit
             if bad.any():
-                first = [int(i) for i in np.unravel_index(start + int(bad.argmax()), shape)]
-                raise self.error(f"tensor {suffix} has an infinite or NaN value at {first}", suffix)
+                self._refuse_value(suffix, array, start + int(bad.argmax()))
         return array
+
+    def _refuse_value(self, suffix: str, array: np.ndarray, place: int) -> NoReturn:
+        value = float(array.reshape(-1)[place])
+        what = f"the value {value:g}" if math.isfinite(value) else "an infinite or NaN value"
+        first = [int(i) for i in np.unravel_index(place, array.shape)]
+        raise self.error(
+            f"tensor {suffix} has {what} at {first}; weights are finite and below 65536: the file "
+            "is damaged, download it again",
+            suffix,
+        )
 
     def ignore(self, suffix: str) -> None:
         """Account for a tensor that is known and not needed; it may be absent."""

@@ -1,16 +1,54 @@
-"""Regular expressions that come from a config file."""
+"""Regular expressions that come from a config file, and do not keep anyone waiting.
 
-import re
+An expression such as `(.*.*)*x` takes `re` longer than anyone waits, and checkpoints are not to be
+trusted; the `regex` library gives up when it is told to.
+"""
+
 import warnings
+from reprlib import repr as shown
+
+import regex
 
 from qllama.errors import CheckpointError
 
+_MAX_LENGTH = 1000
+_SECONDS = 1.0  # a sound expression needs microseconds
 
-def compile_pattern(text: str, path: str) -> re.Pattern[str]:
-    """Compile `text`; `CheckpointError` naming the JSON `path` when it is no valid expression."""
+
+class Pattern:
+    """A regular expression; made by `compile_pattern`."""
+
+    def __init__(self, compiled: "regex.Pattern[str]", place: str) -> None:
+        self._compiled = compiled
+        self._place = place
+
+    def match(self, path: str) -> bool:
+        """Whether it matches the beginning of `path`, or all of it where it ends with `$`.
+
+        Raises:
+            CheckpointError: that takes longer than a second.
+        """
+        try:
+            return self._compiled.match(path, timeout=_SECONDS) is not None
+        except TimeoutError as error:
+            raise CheckpointError(
+                f"{self._place}: {shown(self._compiled.pattern)} takes longer than {_SECONDS:g} s "
+                f"to match {path!r}; write it without nested repeats"
+            ) from error
+
+
+def compile_pattern(text: str, place: str) -> Pattern:
+    """Compile `text`.
+
+    Raises:
+        CheckpointError: naming the JSON path `place`: it is no valid expression, or very long.
+    """
+    problem = f"{place}: {shown(text)} is no regular expression"
+    if len(text) > _MAX_LENGTH:
+        raise CheckpointError(f"{problem} of at most {_MAX_LENGTH} characters")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about syntax that may change its meaning one day
-            return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{path}: {text!r} is no regular expression: {error}") from error
+            return Pattern(regex.compile(text), place)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{problem}: {error}") from error

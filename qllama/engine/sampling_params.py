@@ -5,6 +5,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Any, Self
 
 logger = logging.getLogger(__name__)
@@ -14,6 +15,7 @@ MAX_LOGPROBS = 20  # vLLM's default `max_logprobs`
 MAX_N = 16384
 MAX_LOGIT_BIAS = 100.0
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class SamplingParams:
         n: number of independent completions of the prompt, 1 to 16384.
         presence_penalty: subtracted once from the logit of a token in the output, -2 to 2.
         frequency_penalty: subtracted for each time a token is in the output, -2 to 2.
-        repetition_penalty: above 0. The logit of a token in prompt or output is divided by it
+        repetition_penalty: 1e-6 to 1e6. The logit of a token in prompt or output is divided by it
             where positive, multiplied where negative.
         temperature: divides the logits; at least 0. 0 is greedy and switches `top_p`, `top_k` and
             `min_p` off; what is above 0 and below 0.01 is raised to 0.01 with a warning.
@@ -83,7 +85,7 @@ class SamplingParams:
             "n": _integer("n", self.n, 1, MAX_N),
             "presence_penalty": _real("presence_penalty", self.presence_penalty, -2.0, 2.0),
             "frequency_penalty": _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
-            "repetition_penalty": _real("repetition_penalty", self.repetition_penalty, above=0.0),
+            "repetition_penalty": _real("repetition_penalty", self.repetition_penalty, 1e-6, 1e6),
             "temperature": _temperature(self.temperature),
             "top_p": _real("top_p", self.top_p, above=0.0, high=1.0),
             "top_k": max(0, _integer("top_k", self.top_k, -1)),
@@ -205,9 +207,12 @@ def _real(
     """`value` as a finite float in `[low, high]`, or in `(above, high]`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _wrong_type(name, value, "a number")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # an integer beyond every float
+        value = math.inf
     inside = low <= value <= high and (above is None or value > above)
-    if not (inside and math.isfinite(value)):
+    if not (inside and abs(value) <= FLOAT32_MAX):
         bounds = [f"above {above:g}"] if above is not None else []
         bounds += [f"at least {low:g}"] if math.isfinite(low) else []
         bounds += [f"at most {high:g}"] if math.isfinite(high) else []
@@ -274,4 +279,4 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
 
 
 def _wrong_type(name: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+    return ValueError(f"{name} must be {expected}, got {shown(value)} ({type(value).__name__})")

@@ -141,8 +141,10 @@ class QTensor:
         if self.input_scale is not None:
             _expect("input_scale", self.input_scale, "float32", ())
             scale = float(np.asarray(self.input_scale))
-            if not (np.isfinite(scale) and scale > 0):
-                raise ValueError(f"input_scale is {scale}; it must be finite and positive")
+            if not np.finfo(np.float32).tiny <= scale < np.inf:  # else 1 / scale is infinite
+                raise ValueError(
+                    f"input_scale is {scale}; it must be finite, positive and no subnormal number"
+                )
         offset = static and acts is not None and not acts.symmetric
         if offset != (self.input_zero is not None):
             raise ValueError(

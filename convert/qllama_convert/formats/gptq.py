@@ -8,7 +8,6 @@ minus 1, "gptq_v2" as they are.
 Source: AutoGPTQ `qlinear_cuda.py`; GPTQModel `utils/model.py`; vLLM `gptq_utils.py`.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -23,7 +22,7 @@ from qllama_convert.formats import LinearSpec
 from qllama_convert.formats.companions import read_g_idx
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 from qllama_convert.names import LM_HEAD
-from qllama_convert.patterns import compile_pattern
+from qllama_convert.patterns import Pattern, compile_pattern
 from qllama_convert.section import Section
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
@@ -130,10 +129,10 @@ def _refuse_unsupported(config: Section) -> None:
         )
 
 
-def _dynamic(config: Section) -> list[tuple[re.Pattern[str], Section | None]]:
+def _dynamic(config: Section) -> list[tuple[Pattern, Section | None]]:
     """Overrides per module, in order; None: the module is not quantized."""
     section = config.section_or_empty("dynamic")
-    rules: list[tuple[re.Pattern[str], Section | None]] = []
+    rules: list[tuple[Pattern, Section | None]] = []
     for key in section:
         pattern = compile_pattern(key.removeprefix("-:").removeprefix("+:"), section.place(key))
         rules.append((pattern, None if key.startswith("-:") else section.section_or_empty(key)))
