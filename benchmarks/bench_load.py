@@ -111,14 +111,13 @@ def measure(checkpoint: Path, backend: str, dtype: str) -> dict[str, int]:
         weights, of the `largest` stored tensor and of all `stored` ones.
     """
     import jax
-    import transformers
     from flax import nnx
     from qllama_convert.safetensors_file import SafetensorsFile
+    from transformers import PreTrainedTokenizerFast  # noqa: F401 (LLM imports it while it loads)
 
     from qllama import LLM
 
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend has started
-    assert transformers.PreTrainedTokenizerFast  # imported late, by its first use
     files = [SafetensorsFile(path) for path in Path(checkpoint).glob("*.safetensors")]
     sizes = [entry.stop - entry.start for file in files for entry in file.tensors.values()]
     before = anonymous_memory()
