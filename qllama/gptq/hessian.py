@@ -151,7 +151,7 @@ def _facts(hessian: Hessian, matrix: jax.Array) -> dict[str, jax.Array]:
     live = jnp.where(dead, jnp.nan, diagonal)
     median = jnp.nanmedian(live)
     return {
-        "finite": jnp.isfinite(matrix).all(),
+        "finite": jnp.isfinite(matrix).all() & jnp.isfinite(jnp.sum(diagonal)),
         "tokens": hessian.tokens,
         "dropped": hessian.dropped,
         "dead": dead,
