@@ -83,9 +83,7 @@ def test_padding_counts_neither_way() -> None:
         (np.zeros((4, 96), np.float32), np.ones(3, bool), r"mask is \[3\], but the tokens are"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    x: np.ndarray, mask: np.ndarray | None, message: str
-) -> None:
+def test_what_does_not_fit_is_refused(x: np.ndarray, mask: np.ndarray | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         accumulate(Hessian.zeros(96), jnp.asarray(x), mask)
 

@@ -20,7 +20,6 @@ from jax import lax
 from qllama.gptq.scales import Grid, code_dtype, dequantize_code, round_to_code
 from qllama.quantization.scheme import QuantScheme
 
-SUPER_BLOCK = 2048  # columns whose product with all finished ones is a single matmul
 BLOCK = 128
 RUN = 8  # columns unrolled: each makes the program longer, and one pass over the rows shorter
 
@@ -62,13 +61,15 @@ def _factor(moments: jax.Array, damping: jax.Array, order: jax.Array, *, wide: b
     return Factor(feedback.astype(jnp.float32), jnp.square(root).astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnames="scheme")
+@partial(jax.jit, static_argnames=("scheme", "super_block"))
 def solve(
     weight: jax.Array,
     factor: Factor,
     order: jax.Array,
     grid: Grid,
     scheme: QuantScheme,
+    *,
+    super_block: int = 2048,
 ) -> tuple[jax.Array, jax.Array]:
     """The codes of a weight whose scales are settled. Compiled once per shape and scheme.
 
@@ -78,6 +79,8 @@ def solve(
         order: int32 `[K]`, as given to `factor`.
         grid: wide; a group is K/G columns that are neighbours in the original order.
         scheme: how codes are rounded.
+        super_block: a multiple of 128. So many columns meet all finished ones in one matmul; more
+            of them make a shorter program and more multiplications by zero.
 
     Returns:
         codes int8 or float8_e4m3fn `[N, K]` in the original order of columns, not packed; and
@@ -93,8 +96,8 @@ def solve(
 
     errors, codes = jnp.zeros((0, n), jnp.float32), jnp.zeros((0, n), code_dtype(scheme))
     loss = jnp.zeros(n, jnp.float32)
-    for start in range(0, k + pad, SUPER_BLOCK):
-        stop = min(start + SUPER_BLOCK, k + pad)
+    for start in range(0, k + pad, super_block):
+        stop = min(start + super_block, k + pad)
         block_errors, block_codes, loss = _solve_super_block(
             columns[start:stop],
             _dot(feedback[start:stop, :start], errors),
