@@ -129,10 +129,8 @@ def test_massive_channel_raises_the_damping_less_when_clipped() -> None:
 # The ladder.
 
 
-def _solve(x: np.ndarray, weight: np.ndarray | None = None, **options: object) -> GPTQReport:
-    weight = _weight() if weight is None else weight
-    chosen = replace(PLAIN, **options)
-    [result] = quantize_gptq([weight], _collect(x), W4A16, chosen)
+def _solve(x: np.ndarray, options: GPTQOptions = PLAIN) -> GPTQReport:
+    [result] = quantize_gptq([_weight()], _collect(x), W4A16, options)
     result.weight.validate()
     assert np.isfinite(np.asarray(result.weight.dequantize())).all()
     assert result.report.loss <= result.report.rtn_loss
@@ -152,7 +150,7 @@ def test_bad_tokens_are_dropped_and_reported() -> None:
 def test_singular_hessian_is_factored_in_float64() -> None:
     # A third as many tokens as features, of whole numbers so that their sum is exact.
     x = np.round(4 * activations(128, K, outliers=0).astype(np.float32))
-    report = _solve(x.astype(ml_dtypes.bfloat16), dampening_frac=1e-6)
+    report = _solve(x.astype(ml_dtypes.bfloat16), replace(PLAIN, dampening_frac=1e-6))
     assert (report.rung, report.dampening_frac) == ("fp64", 1e-6)
     assert report.notes == ("fp32, damping 1e-06: the Hessian is not positive definite",)
     assert report.loss < 0.1 * report.rtn_loss
@@ -205,7 +203,7 @@ LOUD[:, 0] = 1.8e18  # squares are finite, their sum is not
     ],
 )
 def test_useless_calibration_is_rounded_to_nearest(x: np.ndarray, note: str) -> None:
-    report = _solve(x, observer="hdiag")
+    report = _solve(x, GPTQOptions())
     assert report.rung == "rtn"
     assert len(report.notes) == 1
     assert report.notes[0].startswith(f"rounded to nearest: {note}")

@@ -238,7 +238,7 @@ def _backward_error(k: int, *, wide: bool) -> float:
     upper = np.asarray(factors.feedback, np.float64).T + np.eye(k)
     product = upper * np.asarray(factors.pivots, np.float64) @ upper.T
     expected = np.asarray(h, np.float64) + np.diag(np.asarray(damping, np.float64))
-    expected = expected[np.ix_(order, order)]
+    expected = expected[order][:, order]
     assert not np.triu(factors.feedback).any()
     return float(np.abs(product - expected).max() / np.abs(expected).max())
 

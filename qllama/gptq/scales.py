@@ -158,25 +158,17 @@ def refit_scales(weight: jax.Array, codes: jax.Array, grid: Grid, moments: jax.A
     unit = matrix / (size[:, :, None] * size[:, None, :])
     unit += jnp.eye(groups) * (diagonal <= 0)[:, None, :]
     factor = lax.linalg.cholesky(unit, symmetrize_input=False)
-    half = lax.linalg.triangular_solve(
-        factor, (target / size)[:, :, None], left_side=True, lower=True
-    )
-    fitted = (
-        lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)[
-            :, :, 0
-        ]
-        / size
-    )
+    back = partial(lax.linalg.triangular_solve, factor, left_side=True, lower=True)
+    fitted = back(back((target / size)[:, :, None]), transpose_a=True)[:, :, 0] / size
 
     old = scales.astype(jnp.float32)
     new = round_to(scales.dtype.name, jnp.where(diagonal > 0, fitted, old))
     move = new - old
-    slope = jnp.einsum("ngh,nh->ng", matrix, old, precision=lax.Precision.HIGHEST) - target
-    curve = jnp.einsum("ng,ngh,nh->n", move, matrix, move, precision=lax.Precision.HIGHEST)
-    gain = 2 * jnp.sum(move * slope, axis=1) + curve
+    slope = jnp.einsum("ngh,nh->ng", matrix, old + new, precision=lax.Precision.HIGHEST)
+    change = jnp.sum(move * (slope - 2 * target), axis=1)  # of the loss, twice
     smallest = float(jnp.finfo(scales.dtype).smallest_normal)
     usable = jnp.isfinite(new) & (new >= smallest)
-    keep = jnp.all(usable, axis=1) & (gain < 0)
+    keep = jnp.all(usable, axis=1) & (change < 0)
     return Grid(jnp.where(keep[:, None], new, old).astype(scales.dtype), zeros)
 
 
