@@ -12,7 +12,7 @@ from qllama.gptq.hessian import (
     accumulate,
     default_dampening_frac,
     energy,
-    inspect,
+    examine,
     second_moments,
 )
 
@@ -85,7 +85,7 @@ def test_padding_counts_neither_way() -> None:
 )
 def test_what_does_not_fit_is_refused(x: np.ndarray, mask: np.ndarray | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        accumulate(Hessian.zeros(96), jnp.asarray(x), mask)
+        accumulate(Hessian.zeros(96), jnp.asarray(x), None if mask is None else jnp.asarray(mask))
 
 
 @pytest.mark.parametrize("k", [96, 1200])
@@ -113,7 +113,7 @@ def test_inspection_reports_dead_features_and_massive_ones() -> None:
     diagonal = np.diagonal(hessian(x))
     live = diagonal[diagonal > 0]
 
-    moments = inspect(_collect(x))
+    moments = examine(_collect(x))
     assert moments.trouble is None
     assert moments.dead_columns == 2
     assert np.flatnonzero(np.asarray(moments.dead)).tolist() == [4, 50]
@@ -122,7 +122,7 @@ def test_inspection_reports_dead_features_and_massive_ones() -> None:
     damping = np.asarray(moments.damping(0.01))
     np.testing.assert_allclose(damping[[0, 4]], live.mean() * np.array([0.01, 1.01]), rtol=1e-5)
 
-    clipped = inspect(_collect(x), "clipmean")
+    clipped = examine(_collect(x), "clipmean")
     expected = np.minimum(live, 10 * np.median(live)).mean()
     assert clipped.reference == pytest.approx(expected, rel=1e-5)
     assert clipped.reference < live.mean() / 50
@@ -138,7 +138,7 @@ def test_inspection_reports_dead_features_and_massive_ones() -> None:
     ],
 )
 def test_useless_calibration_becomes_the_identity(x: np.ndarray, message: str) -> None:
-    moments = inspect(_collect(x))
+    moments = examine(_collect(x))
     assert moments.trouble is not None
     assert message in moments.trouble
     np.testing.assert_array_equal(np.asarray(moments.matrix), np.eye(96))
@@ -146,7 +146,7 @@ def test_useless_calibration_becomes_the_identity(x: np.ndarray, message: str) -
 
 def test_too_few_tokens_keep_their_diagonal() -> None:
     x = activations(11, 96)
-    moments = inspect(_collect(x))
+    moments = examine(_collect(x))
     assert moments.trouble == "11 calibration tokens are too few for 96 features; give 384 or more"
     np.testing.assert_allclose(np.diagonal(moments.matrix), np.diagonal(hessian(x)), rtol=1e-5)
-    assert inspect(_collect(activations(12, 96))).trouble is None
+    assert examine(_collect(activations(12, 96))).trouble is None

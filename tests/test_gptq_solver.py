@@ -77,7 +77,7 @@ def _case(
     frac: float = 0.01,
     dtype: type = ml_dtypes.bfloat16,
 ) -> Case:
-    weight = heavy_weight(n, k).astype(dtype)
+    weight: np.ndarray = heavy_weight(n, k).astype(dtype)
     h = hessian(activations(tokens, k))
     diagonal = np.diagonal(h)
     order = np.argsort(-diagonal, stable=True) if actorder else np.arange(k)
@@ -213,7 +213,7 @@ def test_sharded_rows_are_solved_without_exchange() -> None:
     factors = factor(place(case.h.astype(np.float32)), damping, order, wide=False)
     wide = jax.tree.map(lambda x: place(x, None, "model"), case.wide)
     arguments = (place(case.weight, "model"), factors, order, wide, INT4_G64)
-    program = solve.lower(*arguments).compile().as_text()
+    program = str(solve.lower(*arguments).compile().as_text())
     for exchange in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert exchange not in program
     codes, _ = solve(*arguments)

@@ -118,7 +118,7 @@ class Moments:
         return frac * self.reference + jnp.where(self.dead, jnp.float32(self.mean), 0.0)
 
 
-def inspect(hessian: Hessian, reference: DampeningReference = "mean") -> Moments:
+def examine(hessian: Hessian, reference: DampeningReference = "mean") -> Moments:
     """Normalize the sum and look at it, waiting for the device."""
     matrix = second_moments(hessian)
     k = matrix.shape[0]

@@ -24,7 +24,7 @@ from qllama.gptq.hessian import (
     Moments,
     default_dampening_frac,
     energy,
-    inspect,
+    examine,
 )
 from qllama.gptq.scales import (
     Grid,
@@ -161,7 +161,7 @@ def quantize_gptq(
             f"{bad} of {stacked.size} weights are NaN or infinite; there is nothing to round them "
             "to, look for a damaged checkpoint"
         )
-    moments = inspect(hessian, options.dampening_reference)
+    moments = examine(hessian, options.dampening_reference)
 
     rtn = [_quantize_rtn(w, scheme, input_scale=input_scale, input_zero=input_zero) for w in arrays]
     grids = [
