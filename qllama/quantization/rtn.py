@@ -58,13 +58,13 @@ def quantize_rtn(
             f"K={k} is not a multiple of the scheme's {columns} columns a scale; "
             f"sizes that divide it: {', '.join(map(str, sizes)) or 'none of the usual'}"
         )
-    rounded = partial(_round_to, weight.dtype.name)
+    rounded = partial(round_to, weight.dtype.name)
     blocks = jnp.pad(jnp.asarray(weight), [(0, -n % rows), (0, 0)]).astype(jnp.float32)
     blocks = blocks.reshape(-1, rows, k // columns, columns)  # [N/r, r, K/c, c]
 
     low = jnp.minimum(jnp.min(blocks, axis=(1, 3), keepdims=True), 0.0)
     high = jnp.maximum(jnp.max(blocks, axis=(1, 3), keepdims=True), 0.0)
-    smallest, largest = _code_range(scheme)
+    smallest, largest = code_range(scheme)
     if scheme.symmetric:
         scale = rounded(divide(jnp.maximum(-low, high), (largest - smallest) / 2))
     else:
@@ -92,13 +92,15 @@ def quantize_rtn(
     return jax.device_get(quantized) if isinstance(weight, np.ndarray) else quantized
 
 
-def _round_to(dtype: str, x: jax.Array) -> jax.Array:
+def round_to(dtype: str, x: jax.Array) -> jax.Array:
+    """float32 `x` as a float type of that name would hold it, still float32."""
     # Unlike a cast there and back, XLA may not optimise this away.
     exponent_bits, mantissa_bits = _BITS[dtype]
     return lax.reduce_precision(x, exponent_bits, mantissa_bits)
 
 
-def _code_range(scheme: QuantScheme) -> tuple[float, float]:
+def code_range(scheme: QuantScheme) -> tuple[float, float]:
+    """The smallest and the largest code of a scheme with integer or float8 weights."""
     if scheme.weight_dtype == "float8_e4m3fn":
         return -FP8_MAX, FP8_MAX
     return -(2.0 ** (scheme.bits - 1)), 2.0 ** (scheme.bits - 1) - 1

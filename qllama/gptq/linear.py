@@ -1,0 +1,369 @@
+"""GPTQ for the Linears that read one input: scales, factor, codes, and what it cost.
+
+Nothing fails silently. If the float32 factor does not hold, float64 is tried, then more damping,
+and in the end round-to-nearest; a weight that GPTQ made worse than round-to-nearest keeps the
+latter. Which of these happened, and why, is in the report that comes with every weight.
+
+Source: gptq.md sections 1.3, 1.7, 5.3 and 5.4.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from qllama_kernels.packing import pack_int4
+
+from qllama.gptq.hessian import (
+    DampeningReference,
+    Hessian,
+    Moments,
+    default_dampening_frac,
+    energy,
+    examine,
+)
+from qllama.gptq.scales import (
+    Grid,
+    Observer,
+    choose_scales,
+    code_dtype,
+    dequantize_code,
+    refit_scales,
+    round_to_code,
+    widen,
+)
+from qllama.gptq.solver import factor, solve
+from qllama.quantization.activations import divide
+from qllama.quantization.qtensor import Array, QTensor
+from qllama.quantization.rtn import code_range, quantize_rtn
+from qllama.quantization.scheme import QuantScheme
+
+Rung = Literal["fp32", "fp64", "damped", "rtn"]
+
+MAX_DAMPENING_FRAC = 0.3
+# The recursion's own account of its error against the true one. With an accurate factor they
+# differ by 1e-5; at 1e-2 float32 has lost the Hessian's small directions.
+_ACCURACY = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPTQOptions:
+    """How weights are solved; the words are llm-compressor's."""
+
+    actorder: Literal["static"] | None = "static"  # columns by falling diag H, or as they stand
+    observer: Observer = "hdiag"  # how scales are chosen, see `choose_scales`
+    dampening_frac: float | None = None  # None: by tokens per feature, `default_dampening_frac`
+    dampening_reference: DampeningReference = "mean"
+    refit: bool = False  # least-squares scales for the codes found
+
+    def __post_init__(self) -> None:
+        if self.actorder not in ("static", None):
+            raise ValueError(
+                f"actorder={self.actorder!r}: 'static' (also known as 'weight') and None are made; "
+                "'group' is only read, because current readers refuse it"
+            )
+        if self.observer not in get_args(Observer):
+            raise ValueError(f"observer={self.observer!r}; use one of {get_args(Observer)}")
+        if self.dampening_reference not in get_args(DampeningReference):
+            raise ValueError(
+                f"dampening_reference={self.dampening_reference!r}; use one of "
+                f"{get_args(DampeningReference)}"
+            )
+        if self.dampening_frac is not None and not 0 <= self.dampening_frac <= 1:
+            raise ValueError(f"dampening_frac={self.dampening_frac}; it must be within [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPTQReport:
+    """What became of one weight `[N, K]`, for the weight that was returned.
+
+    Losses are means over the calibration tokens of the squared error of all outputs together,
+    `|(W - Q) x|^2`, without damping. Where calibration was unusable (a note says so) the Hessian
+    is the identity, and they are squared errors of the weight.
+    """
+
+    shape: tuple[int, int]
+    tokens: int  # calibration tokens used
+    dropped_tokens: int  # left out because they were not finite
+    dead_columns: int  # features that were zero in every token; rounded to nearest
+    diag_ratio: float  # largest over median diag H: massive channels
+    dampening_frac: float  # as used; 0 with rung "rtn"
+    damping: float  # what it added to diag H
+    rung: Rung  # where the ladder ended
+    loss: float
+    rtn_loss: float  # of `quantize_rtn`
+    output_energy: float  # mean of |W x|^2
+    clipped: float  # share of weights more than half a step beyond their grid
+    notes: tuple[str, ...]  # what did not go as asked, in sentences
+
+    @property
+    def loss_ratio(self) -> float:
+        """The loss relative to round-to-nearest; 1.0 where neither loses anything."""
+        return self.loss / self.rtn_loss if self.rtn_loss > 0 else 1.0
+
+    @property
+    def relative_error(self) -> float:
+        """The loss relative to the energy of the output."""
+        return self.loss / self.output_energy if self.output_energy > 0 else 0.0
+
+    @property
+    def sqnr_db(self) -> float:
+        """Output signal over quantization noise, in decibels; infinite without noise."""
+        return -10 * math.log10(self.relative_error) if self.relative_error > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPTQResult:
+    """A quantized weight, columns in their original order and without `g_idx`, and its report."""
+
+    weight: QTensor
+    report: GPTQReport
+
+
+def quantize_gptq(
+    weights: Sequence[Array],
+    hessian: Hessian,
+    scheme: QuantScheme,
+    options: GPTQOptions = GPTQOptions(),
+    *,
+    input_scale: Array | float | None = None,
+    input_zero: Array | int | None = None,
+) -> list[GPTQResult]:
+    """Quantize weights `[N_i, K]` that read the same input, such as q, k and v, in one solve.
+
+    Each gets the codes it would get alone. Rows may be sharded: nothing is exchanged between them
+    except by scales of a whole tensor or a block.
+
+    Args:
+        weights: all bfloat16, float16 or float32; scales get that dtype. numpy arrays give
+            QTensors of numpy arrays.
+        hessian: accumulated over the calibration tokens of that input.
+        scheme: any that `quantize_rtn` takes. FP8 weights are usually rounded to nearest instead.
+        options: see there.
+        input_scale: float32 scalar, the calibrated scale of static activations; else None.
+        input_zero: int8 scalar, where static activations are asymmetric; else None.
+
+    Raises:
+        ValueError: weights that are not finite or do not match each other, the Hessian or the
+            scheme; `refit` with scales that several rows share.
+    """
+    _check(weights, hessian, scheme, options)
+    arrays = [jnp.asarray(w) for w in weights]
+    stacked = jnp.concatenate(arrays)
+    heights = tuple(w.shape[0] for w in arrays)
+    bad = int(jnp.sum(~jnp.isfinite(stacked)))
+    if bad:
+        raise ValueError(
+            f"{bad} of {stacked.size} weights are NaN or infinite; there is nothing to round them "
+            "to, look for a damaged checkpoint"
+        )
+    moments = examine(hessian, options.dampening_reference)
+
+    rtn = [_quantize_rtn(w, scheme, input_scale=input_scale, input_zero=input_zero) for w in arrays]
+    grids = [
+        choose_scales(w, scheme, options.observer, jnp.diagonal(moments.matrix)) for w in arrays
+    ]
+    found = _climb(stacked, moments, widen(grids, heights, scheme), scheme, options)
+    parts = [slice(end - n, end) for n, end in zip(heights, np.cumsum(heights), strict=True)]
+    loss, wide = found.loss, widen(grids, heights, scheme)
+    if options.refit and found.rung != "rtn":
+        damped = moments.matrix + jnp.diag(moments.damping(found.dampening_frac))
+        grids = [
+            refit_scales(w, found.codes[part], grid, damped)
+            for w, part, grid in zip(arrays, parts, grids, strict=True)
+        ]
+        wide = widen(grids, heights, scheme)
+        loss = energy(_errors(stacked, found.codes, wide), moments.matrix)
+
+    rtn_errors = jnp.concatenate([_rtn_errors(w, q) for w, q in zip(arrays, rtn, strict=True)])
+    per_row = jax.device_get(
+        {
+            "loss": loss,
+            "rtn_loss": energy(rtn_errors, moments.matrix),
+            "output_energy": energy(stacked, moments.matrix),
+            "clipped": _clipped(stacked, wide, scheme),
+        }
+    )
+    results = []
+    for part, grid, rounded in zip(parts, grids, rtn, strict=True):
+        sums = {name: _total(rows[part]) for name, rows in per_row.items()}
+        tensor = replace(
+            rounded,  # for its input scale and zero
+            codes=_pack(found.codes[part], scheme),
+            scales=grid.scales,
+            zeros=grid.zeros,
+        )
+        report = GPTQReport(
+            shape=tensor.shape,
+            tokens=moments.tokens,
+            dropped_tokens=moments.dropped,
+            dead_columns=moments.dead_columns,
+            diag_ratio=moments.diag_ratio,
+            dampening_frac=found.dampening_frac,
+            damping=found.dampening_frac * moments.reference,
+            rung=found.rung,
+            loss=sums["loss"],
+            rtn_loss=sums["rtn_loss"],
+            output_energy=sums["output_energy"],
+            clipped=sums["clipped"] / math.prod(tensor.shape),
+            notes=found.notes,
+        )
+        if report.loss > report.rtn_loss:
+            tensor, report = rounded, _fall_back(report)
+        if isinstance(weights[0], np.ndarray):
+            tensor = jax.device_get(tensor)
+        results.append(GPTQResult(weight=tensor, report=report))
+    return results
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Codes:
+    codes: jax.Array  # int8 or float8 [N, K]
+    loss: jax.Array  # [N], of each row, without damping
+    rung: Rung
+    dampening_frac: float
+    notes: tuple[str, ...]
+
+
+def _climb(
+    weight: jax.Array, moments: Moments, wide: Grid, scheme: QuantScheme, options: GPTQOptions
+) -> _Codes:
+    """Solve on the first rung of the ladder that holds, else round to nearest."""
+    k = weight.shape[1]
+    notes = []
+    if moments.dropped:
+        notes.append(f"{moments.dropped} calibration tokens were not finite and were left out")
+    if moments.trouble is not None:
+        notes.append(f"rounded to nearest: {moments.trouble}")
+    order = jnp.arange(k)
+    if options.actorder == "static":
+        order = jnp.argsort(-jnp.diagonal(moments.matrix), stable=True)
+    first = options.dampening_frac
+    if first is None:
+        first = default_dampening_frac(moments.tokens, k)
+    for rung, frac in _rungs(first) if moments.trouble is None else ():
+        damping = moments.damping(frac)
+        factors = factor(moments.matrix, damping, order, wide=rung != "fp32")
+        codes, account = solve(weight, factors, order, wide, scheme)
+        errors = _errors(weight, codes, wide)
+        loss = energy(errors, moments.matrix)
+        damped = loss + _damping_loss(errors, damping)
+        expected, actual = (_total(x) for x in (account, damped))
+        if not math.isfinite(expected):
+            notes.append(f"{rung}, damping {frac:g}: the Hessian is not positive definite")
+        elif rung == "fp32" and abs(expected - actual) > _ACCURACY * actual:
+            notes.append(f"fp32: inaccurate, the loss is {actual:.3g} instead of {expected:.3g}")
+        else:
+            return _Codes(
+                codes=codes, loss=loss, rung=rung, dampening_frac=frac, notes=tuple(notes)
+            )
+    if moments.trouble is None:
+        notes.append("rounded to nearest: no factor of the Hessian holds")
+    codes = _nearest_codes(weight, wide, scheme)
+    loss = energy(_errors(weight, codes, wide), moments.matrix)
+    return _Codes(codes=codes, loss=loss, rung="rtn", dampening_frac=0.0, notes=tuple(notes))
+
+
+def _rungs(frac: float) -> Iterator[tuple[Rung, float]]:
+    yield "fp32", frac
+    yield "fp64", frac
+    for _ in range(2):
+        if frac < MAX_DAMPENING_FRAC:
+            frac = min(max(10 * frac, 0.01), MAX_DAMPENING_FRAC)
+            yield "damped", frac
+
+
+def _fall_back(report: GPTQReport) -> GPTQReport:
+    worse = f"kept round-to-nearest: the solve lost {report.loss:.4g} against {report.rtn_loss:.4g}"
+    return replace(
+        report,
+        rung="rtn",
+        dampening_frac=0.0,
+        damping=0.0,
+        loss=report.rtn_loss,
+        clipped=0.0,  # the smallest scale that reaches every weight
+        notes=(*report.notes, worse),
+    )
+
+
+def _check(
+    weights: Sequence[Array], hessian: Hessian, scheme: QuantScheme, options: GPTQOptions
+) -> None:
+    k = hessian.total.shape[0]
+    if not weights:
+        raise ValueError("no weight to quantize; give at least one")
+    for w in weights:
+        if w.ndim != 2 or w.shape[1] != k:
+            raise ValueError(f"a weight is {list(w.shape)}, but the Hessian is of K={k} features")
+    dtypes = sorted({w.dtype.name for w in weights})
+    if len(dtypes) > 1:
+        raise ValueError(f"the weights are {' and '.join(dtypes)}; solve each dtype by itself")
+    if options.refit and scheme.strategy not in ("channel", "group"):
+        raise ValueError(
+            f"refit with one scale per {scheme.strategy}: rows that share a scale cannot be "
+            "fitted one by one; use refit=False"
+        )
+
+
+_quantize_rtn = jax.jit(quantize_rtn, static_argnums=1)
+
+
+@jax.jit
+def _rtn_errors(weight: jax.Array, rounded: QTensor) -> jax.Array:
+    return weight.astype(jnp.float32) - rounded.dequantize()
+
+
+@jax.jit
+def _errors(weight: jax.Array, codes: jax.Array, wide: Grid) -> jax.Array:
+    """`W - Q`, float32 `[N, K]`."""
+    q = _by_group(dequantize_code, codes.astype(jnp.float32), wide)
+    return weight.astype(jnp.float32) - q
+
+
+@jax.jit
+def _damping_loss(errors: jax.Array, damping: jax.Array) -> jax.Array:
+    return 0.5 * jnp.sum(damping * jnp.square(errors), axis=1)
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _nearest_codes(weight: jax.Array, wide: Grid, scheme: QuantScheme) -> jax.Array:
+    def nearest(w: jax.Array, scales: jax.Array, zeros: jax.Array | None) -> jax.Array:
+        return round_to_code(divide(w, scales), zeros, scheme)
+
+    return _by_group(nearest, weight.astype(jnp.float32), wide).astype(code_dtype(scheme))
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _clipped(weight: jax.Array, wide: Grid, scheme: QuantScheme) -> jax.Array:
+    """How many weights of each row lie more than half a step beyond their grid, `[N]`."""
+    low, high = code_range(scheme)
+    half = 16.0 if scheme.weight_dtype == "float8_e4m3fn" else 0.5  # of the outermost step
+
+    def beyond(w: jax.Array, scales: jax.Array, zeros: jax.Array | None) -> jax.Array:
+        position = w / scales if zeros is None else w / scales + zeros
+        return (position < low - half) | (position > high + half)
+
+    return jnp.sum(_by_group(beyond, weight.astype(jnp.float32), wide), axis=1)
+
+
+def _by_group(
+    function: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array],
+    values: jax.Array,
+    wide: Grid,
+) -> jax.Array:
+    """`function` of `values [N, K]` and the scale and zero of each, elementwise."""
+    scales, zeros = jax.tree.map(lambda x: x.T[:, :, None], wide)
+    grouped = values.reshape(*scales.shape[:2], -1)
+    return function(grouped, scales, zeros).reshape(values.shape)
+
+
+def _pack(codes: jax.Array, scheme: QuantScheme) -> jax.Array:
+    return pack_int4(codes) if scheme.bits == 4 else codes
+
+
+def _total(per_row: Array) -> float:
+    return float(np.sum(np.asarray(per_row), dtype=np.float64))

@@ -1,0 +1,34 @@
+"""benchmarks/bench_gptq.py in its tiny form."""
+
+import json
+from pathlib import Path
+
+import bench_scripts
+import pytest
+
+bench_gptq = bench_scripts.load("bench_gptq")
+
+
+def test_stages_of_a_layer() -> None:
+    shape = bench_scripts.load("make_checkpoint").SHAPES["llama-3.1-8b"]
+    assert [(stage.name, stage.heights, stage.k) for stage in bench_gptq.stages(shape)] == [
+        ("qkv_proj", (4096, 1024, 1024), 4096),
+        ("o_proj", (4096,), 4096),
+        ("gate_up_proj", (14336, 14336), 4096),
+        ("down_proj", (4096,), 14336),
+    ]
+
+
+def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gptq.json"
+    sizes = ["--sizes", "32,128", "--tokens", "512", "--repeat", "2"]
+    bench_gptq.main([*sizes, "--observer", "absmax", "--group-size", "64", "--json", str(out)])
+    [record] = json.loads(out.read_text())
+    assert json.loads(capfd.readouterr().out) == record
+    cell = {"benchmark": "gptq_solver", "n": 32, "k": 128, "scheme": "W4 g64, A16", "tokens": 512}
+    assert record.items() >= {**cell, "options": "absmax, static", "metric": "s"}.items()
+    assert record["parts"].keys() == {"hessian", "scales", "factor", "solve", "rest"}
+    assert sum(record["parts"].values()) == pytest.approx(record["value"], abs=1e-3)
+    low, high = record["spread"]
+    assert 0 < low <= record["value"] + 1e-4
+    assert record["value"] <= high + 1e-4
