@@ -30,7 +30,7 @@ ROOM = 4 << 30  # bytes of address space that it may use, most of it JAX's
 EXAMPLES = os.environ.get("QLLAMA_FUZZ_EXAMPLES")  # of every kind of checkpoint
 
 fuzz = settings(
-    max_examples=int(EXAMPLES or 60),
+    max_examples=int(EXAMPLES or 20),
     derandomize=EXAMPLES is None,
     deadline=None,
     print_blob=True,
