@@ -204,7 +204,7 @@ def quantized_matmul(
         except NotImplementedError:
             if backend != "auto":
                 raise
-        if problem is not None and backend == "auto" and pallas.library_is_faster(problem):
+        if problem is not None and backend == "auto" and pallas.xla_is_faster(problem):
             problem = None
     if problem is not None:
         out = pallas.quantized_matmul(

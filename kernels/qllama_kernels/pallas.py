@@ -118,9 +118,9 @@ def problem_of(
     return Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
 
 
-def library_is_faster(problem: Problem) -> bool:
+def xla_is_faster(problem: Problem) -> bool:
     """Whether `backend="auto"` should leave this to XLA."""
-    return tuning.library_is_faster(problem, _device_kind())
+    return tuning.xla_is_faster(problem, _device_kind())
 
 
 def quantized_matmul(

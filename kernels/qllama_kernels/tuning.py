@@ -175,7 +175,7 @@ def choose(problem: Problem, device_kind: str = "") -> Config:
     return heuristic(problem)
 
 
-def library_is_faster(problem: Problem, device_kind: str = "") -> bool:
+def xla_is_faster(problem: Problem, device_kind: str = "") -> bool:
     """Whether XLA was measured to beat the best kernel, or the kernel was not measured at all."""
     if problem.scheme == "fp8" and problem.m > M_BUCKETS[-1]:
         return True
