@@ -43,7 +43,7 @@ TOKENS = (1, 16, 64, 256, 2048)
 WEIGHT_DTYPE = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
 OPERATIONS = {"w4a16": 800e12, "w8a16": 800e12, "w8a8": 1600e12, "fp8": 1600e12}  # a second
 L2_BYTES = 60e6
-# kernels.md, section 10: one H100 80 GB, microseconds at (N, K, M), float16, group 128.
+# Measured on one H100 80 GB, not in the same run: microseconds at (N, K, M), float16, group 128.
 MARLIN_H100 = {
     (6144, 4096, 1): 11.6,
     (6144, 4096, 16): 11.9,

@@ -122,7 +122,7 @@ def test_data_moves_to_fit_the_header(
 
 
 def test_values_of_the_narrow_floats(tmp_path: Path) -> None:
-    # formats.md: 1.0, 0.1, 448 in E4M3 are 38 1d 7e; the same byte is half as much in E4M3FNUZ.
+    # 1.0, 0.1, 448 in E4M3 are 38 1d 7e; the same byte is half as much in E4M3FNUZ.
     header = {
         "fn": entry("F8_E4M3", [3], 0, 3),
         "fnuz": entry("F8_E4M3FNUZ", [1], 3, 4),

@@ -1,7 +1,7 @@
 """The `quantization_config` of a checkpoint that is written, in the words of each quantizer.
 
-The counterpart of `qllama_convert.quantization_config`, which reads them. Sources: formats.md
-sections 3.1, 4.1, 5 and 14; what compressed-tensors 0.20 and AutoGPTQ write.
+The counterpart of `qllama_convert.quantization_config`, which reads them. Source: what
+compressed-tensors 0.20, AutoGPTQ and AutoFP8 write.
 """
 
 from collections.abc import Collection, Iterable, Mapping

@@ -4,7 +4,7 @@
 Products of two bfloat16 or float16 numbers are exact in float32; therefore inputs are never scaled
 before the product, and the factor 2/n is applied once, at the end.
 
-Source: arXiv 2210.17323 (GPTQ), section 3; gptq.md sections 1.1 and 4.2.
+Source: arXiv 2210.17323 (GPTQ), section 3.
 """
 
 from dataclasses import dataclass
@@ -166,7 +166,7 @@ def default_dampening_frac(tokens: int, k: int) -> float:
     """The damping for `tokens` calibration tokens and `k` features, as a fraction of mean(diag H).
 
     The fewer tokens a feature has, the more of their correlation is chance.
-    Source: gptq.md section 4.6, lesson 5 (measured on held-out data).
+    Measured on held-out data, not derived.
     """
     if tokens < k:
         return 0.1

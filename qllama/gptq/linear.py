@@ -3,8 +3,6 @@
 Nothing fails silently. If the float32 factor does not hold, float64 is tried, then more damping,
 and in the end round-to-nearest; a weight that GPTQ made worse than round-to-nearest keeps the
 latter. Which of these happened, and why, is in the report that comes with every weight.
-
-Source: gptq.md sections 1.3, 1.7, 5.3 and 5.4.
 """
 
 import math

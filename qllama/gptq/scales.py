@@ -1,7 +1,4 @@
-"""The scales of a weight, chosen before its codes and, if asked, fitted again after them.
-
-Source: gptq.md sections 1.5, 3 and 4.6 (lesson 7).
-"""
+"""The scales of a weight, chosen before its codes and, if asked, fitted again after them."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -6,7 +6,7 @@ times its squared error. This is GPTQ's recursion without an inverse (QuIP's LDL
 finished columns is the same formula at every level: products of matrices for super-blocks, blocks
 and runs of a few columns, plain arithmetic inside a run. Rows never mix, so they may be sharded.
 
-Sources: arXiv 2210.17323 (GPTQ), 2307.13304 (QuIP), 2507.18553; gptq.md sections 1.6 and 4.1.
+Sources: arXiv 2210.17323 (GPTQ), 2307.13304 (QuIP), 2507.18553.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ def quantize_activations(
         input_zero: int8 scalar, the calibrated zero point of an asymmetric static scheme.
         semantics: see the module.
 
-    Source: formats.md section 10; vLLM `int8_quant_kernels.cu` and `input_quant_fp8.py`.
+    Source: vLLM `int8_quant_kernels.cu` and `input_quant_fp8.py`.
     """
     eps = float(jnp.finfo(x.dtype).eps)
     x = x.astype(jnp.float32)

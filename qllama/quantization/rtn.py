@@ -4,7 +4,7 @@ Rules and arithmetic are those of compressed-tensors: the smallest scale that re
 weight of its block, every intermediate result rounded to the weight's dtype. Both matter for the
 bits: with bfloat16 weights one code in a few hundred depends on the rounding of the quotient.
 
-Sources: formats.md sections 4.4 and 4.6; compressed-tensors `calculate_qparams`, `_quantize`.
+Source: compressed-tensors `calculate_qparams`, `_quantize`.
 """
 
 from functools import partial
