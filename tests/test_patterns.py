@@ -58,6 +58,10 @@ def test_an_expression_that_takes_too_long_says_so() -> None:
         ("(", "no regular expression: missing"),
         ("a**", "multiple repeat"),
         ("a" * 2000, "at most 1000 characters"),
+        ("(?:(?:(?:.?){1000}){1000}){1000}!", "at most 100 times"),  # else takes all memory
+        ("(?:a|b){4000000000}", "at most 100 times"),
+        ("(?:(?:a{9}){0,9}){,9}", "at most 100 times"),
+        ("(" * 400 + ")" * 400, "recursion"),
     ],
 )
 def test_what_is_refused_says_why(text: str, message: str) -> None:
