@@ -18,9 +18,12 @@ from qllama.gptq.hessian import (
 
 
 def _collect(*chunks: np.ndarray) -> Hessian:
+    """Of chunks `[tokens, K]`, padded so that one program serves all of a dtype."""
     collected = Hessian.zeros(chunks[0].shape[-1])
     for chunk in chunks:
-        collected = accumulate(collected, jnp.asarray(chunk))
+        mask = np.arange(400) < len(chunk)
+        padded = np.pad(chunk, [(0, 400 - len(chunk)), (0, 0)])
+        collected = accumulate(collected, jnp.asarray(padded), jnp.asarray(mask))
     return collected
 
 
@@ -28,7 +31,7 @@ def _collect(*chunks: np.ndarray) -> Hessian:
 @pytest.mark.parametrize("k", [96, 1200])  # one panel, two
 def test_moments_are_those_of_float64(dtype: str, k: int) -> None:
     x = activations(300, k).astype(jnp.dtype(dtype))
-    collected = _collect(x[:200].reshape(4, 50, k), x[200:])
+    collected = _collect(x[:200], x[200:])
     assert int(collected.tokens) == 300
     expected = hessian(x)
     moments = np.asarray(second_moments(collected))
@@ -61,6 +64,14 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted() -> None:
     expected = hessian(np.delete(good, [3, 7, 11], axis=0))
     moments = np.asarray(second_moments(collected))
     np.testing.assert_allclose(moments, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_tokens_may_be_a_batch_and_need_no_mask() -> None:
+    x = activations(60, 96)
+    batch = accumulate(Hessian.zeros(96), jnp.asarray(x.reshape(3, 20, 96)))
+    assert (int(batch.tokens), int(batch.dropped)) == (60, 0)
+    expected = np.asarray(second_moments(_collect(x)))
+    np.testing.assert_allclose(np.asarray(second_moments(batch)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_counts_neither_way() -> None:

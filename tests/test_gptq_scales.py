@@ -10,6 +10,7 @@ import pytest
 from gptq_reference import activations, heavy_weight, hessian, loss
 
 from qllama.gptq.scales import Grid, choose_scales, refit_scales, round_to_code, widen
+from qllama.quantization.qtensor import QTensor
 from qllama.quantization.rtn import quantize_rtn
 from qllama.quantization.scheme import PRESETS, QuantScheme
 
@@ -25,6 +26,13 @@ def _importance() -> np.ndarray:
     return np.diagonal(hessian(activations(256, K))).astype(np.float32)
 
 
+_quantize_rtn = jax.jit(quantize_rtn, static_argnums=1)
+
+
+def _rtn(weight: np.ndarray, scheme: QuantScheme, input_scale: float | None = None) -> QTensor:
+    return jax.device_get(_quantize_rtn(jnp.asarray(weight), scheme, input_scale=input_scale))
+
+
 def _expand(values: np.ndarray, scheme: QuantScheme) -> np.ndarray:
     rows, columns = scheme.scale_block((N, K))
     wide = np.repeat(np.repeat(values.astype(np.float64), rows, axis=0), columns, axis=1)
@@ -37,12 +45,12 @@ def _block_sums(values: np.ndarray, scheme: QuantScheme) -> np.ndarray:
     return np.add.reduceat(np.add.reduceat(values, row_starts, 0), column_starts, 1)
 
 
-@pytest.mark.parametrize("name", ["W4A16_ASYM", "FP8", "FP8_BLOCK"])
+@pytest.mark.parametrize("name", ["W4A16_ASYM", "FP8_BLOCK"])
 def test_absmax_is_round_to_nearest_s_scale(name: str) -> None:
     scheme = PRESETS[name]
     weight = heavy_weight(N, K).astype(ml_dtypes.bfloat16)
     grid = choose_scales(jnp.asarray(weight), scheme, "absmax", jnp.ones(K))
-    rounded = quantize_rtn(weight, scheme, input_scale=1.0)
+    rounded = _rtn(weight, scheme, 1.0)
     np.testing.assert_array_equal(np.asarray(grid.scales), rounded.scales)
     if rounded.zeros is None:
         assert grid.zeros is None
@@ -66,7 +74,7 @@ def test_search_finds_the_best_of_its_candidates(scheme: QuantScheme, observer: 
     grid = choose_scales(jnp.asarray(weight), scheme, observer, jnp.asarray(importance))
     assert grid.scales.dtype == jnp.bfloat16
 
-    start = quantize_rtn(weight, scheme)
+    start = _rtn(weight, scheme)
     zeros = np.zeros((N, K)) if start.zeros is None else _expand(start.zeros, scheme)
     low, high = (-8, 7) if scheme.bits == 4 else (-128, 127)
     w = weight.astype(np.float64)
@@ -89,12 +97,12 @@ def test_search_finds_the_best_of_its_candidates(scheme: QuantScheme, observer: 
 
 
 def test_features_of_no_importance_do_not_count() -> None:
-    weight = heavy_weight(N, K)
+    weight = heavy_weight(N, K).astype(ml_dtypes.bfloat16)
     weight[:, 32:] *= 100
     importance = np.zeros(K, np.float32)
     importance[:32] = 1
     grid = choose_scales(jnp.asarray(weight), INT8_CHANNEL, "hdiag", jnp.asarray(importance))
-    absmax = np.abs(weight).max(axis=1) / 127.5
+    absmax = (np.abs(weight).max(axis=1).astype(np.float32) / 127.5).astype(weight.dtype)
     assert (np.asarray(grid.scales)[:, 0] < 0.4 * absmax).all()
     nothing = choose_scales(jnp.asarray(weight), INT8_CHANNEL, "hdiag", jnp.zeros(K))
     np.testing.assert_array_equal(np.asarray(nothing.scales)[:, 0], absmax)
@@ -136,13 +144,11 @@ def test_wide_grid_repeats_rows_of_blocks_and_of_whole_tensors() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "scheme", [INT4_G32, INT4_G32_ASYM, INT8_CHANNEL], ids=QuantScheme.describe
-)
+@pytest.mark.parametrize("scheme", [INT4_G32_ASYM, INT8_CHANNEL], ids=QuantScheme.describe)
 def test_refit_is_least_squares(scheme: QuantScheme) -> None:
     weight = heavy_weight(N, K)
     h = hessian(activations(512, K)) + 0.01 * np.eye(K)
-    rounded = quantize_rtn(weight, replace(scheme, weight_dtype="int8"))
+    rounded = _rtn(weight, replace(scheme, weight_dtype="int8"))
     # A spoiled grid, so that there is something to find.
     grid = Grid(jnp.asarray(rounded.scales * 1.1), rounded.zeros)
     fitted = refit_scales(

@@ -1,5 +1,6 @@
 """The blocked float32 solver against the paper's column-by-column algorithm in float64."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from qllama.quantization.scheme import PRESETS, QuantScheme
 INT4_G64 = QuantScheme(weight_dtype="int4", strategy="group", group_size=64)
 INT4_G128_ASYM = PRESETS["W4A16_ASYM"]
 INT8_CHANNEL = PRESETS["W8A8"]
-N = 48
+N = 48  # as in the tests of whole weights: programs are shared
 
 
 class Case(NamedTuple):
@@ -32,17 +33,15 @@ class Case(NamedTuple):
     scheme: QuantScheme
     wide: Grid
 
-    def solve(
-        self, *, rows: slice = slice(None), super_block: int = 2048
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, *, super_block: int = 2048) -> tuple[np.ndarray, np.ndarray]:
         h = jnp.asarray(self.h, jnp.float32)
         order = jnp.asarray(self.order)
         factors = factor(h, jnp.asarray(self.damping, jnp.float32), order, wide=False)
         codes, loss = solve(
-            jnp.asarray(self.weight[rows]),
+            jnp.asarray(self.weight),
             factors,
             order,
-            jax.tree.map(lambda values: values[:, rows], self.wide),
+            self.wide,
             self.scheme,
             super_block=super_block,
         )
@@ -64,27 +63,24 @@ class Case(NamedTuple):
 
     def errors(self, codes: np.ndarray) -> np.ndarray:
         scales, zeros = self.grid()
-        return self.weight - (codes - zeros) * scales
+        return self.weight.astype(np.float32) - (codes - zeros) * scales
 
 
 def _case(
     k: int,
     scheme: QuantScheme,
     *,
-    n: int = N,
     actorder: bool = True,
-    tokens: int = 2048,
-    frac: float = 0.01,
     dtype: type = ml_dtypes.bfloat16,
 ) -> Case:
-    weight: np.ndarray = heavy_weight(n, k).astype(dtype)
-    h = hessian(activations(tokens, k))
+    weight: np.ndarray = heavy_weight(N, k).astype(dtype)
+    h = hessian(activations(2048, k))
     diagonal = np.diagonal(h)
     order = np.argsort(-diagonal, stable=True) if actorder else np.arange(k)
     return Case(
-        weight=weight.astype(np.float32),
+        weight=weight,
         h=h,
-        damping=np.full(k, frac * diagonal.mean()),
+        damping=np.full(k, 0.01 * diagonal.mean()),
         order=order,
         scheme=scheme,
         wide=_absmax(weight, scheme),
@@ -98,8 +94,6 @@ def _absmax(weight: np.ndarray, scheme: QuantScheme) -> Grid:
     groups = weight.astype(np.float32).T.reshape(k // columns, columns, n)
     low, high = np.minimum(groups.min(axis=1), 0), np.maximum(groups.max(axis=1), 0)
     steps = 2.0**scheme.bits - 1
-    if scheme.weight_dtype == "float8_e4m3fn":
-        steps = 2 * 448.0
     if scheme.symmetric:
         high = np.maximum(-low, high)
         low = -high
@@ -108,6 +102,15 @@ def _absmax(weight: np.ndarray, scheme: QuantScheme) -> Grid:
         return Grid(jnp.asarray(scales), None)
     zeros = np.clip(np.round(-(2.0 ** (scheme.bits - 1)) - low / scales), -8, 7)
     return Grid(jnp.asarray(scales), jnp.asarray(zeros, jnp.float32))
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantize_rtn(weight: jax.Array, scheme: QuantScheme) -> jax.Array:
+    return quantize_rtn(weight, scheme).dequantize()
+
+
+def _round_to_nearest(weight: np.ndarray, scheme: QuantScheme) -> np.ndarray:
+    return np.asarray(_quantize_rtn(jnp.asarray(weight), scheme))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_solution_is_that_of_float64(k: int, scheme: QuantScheme, actorder: bool
     expected = case.solve_float64()
     assert np.mean(codes == expected.codes) > 0.995
     ours = loss(case.errors(codes), case.h)
-    theirs = loss(case.weight - expected.weight, case.h)
+    theirs = loss(case.weight.astype(np.float64) - expected.weight, case.h)
     assert ours == pytest.approx(theirs, rel=1e-3)
     np.testing.assert_allclose(account.sum(), expected.loss.sum(), rtol=1e-3)
 
@@ -136,21 +139,11 @@ def test_solution_is_that_of_float64(k: int, scheme: QuantScheme, actorder: bool
     # Far better than rounding each weight by itself: worse weights, better outputs.
     scales, zeros = case.grid()
     limits = (-8, 7) if scheme.bits == 4 else (-128, 127)
-    nearest = case.errors(np.clip(np.round(case.weight / scales + zeros), *limits))
+    nearest = case.errors(
+        np.clip(np.round(case.weight.astype(np.float32) / scales + zeros), *limits)
+    )
     assert ours < 0.6 * loss(nearest, case.h)
     assert np.square(case.errors(codes)).sum() > 1.05 * np.square(nearest).sum()
-
-
-def test_float8_rounds_to_its_own_grid() -> None:
-    scheme = PRESETS["FP8_DYNAMIC"]
-    case = _case(384, scheme)
-    codes, account = case.solve()
-    assert codes.dtype == ml_dtypes.float8_e4m3fn
-    errors = case.errors(codes.astype(np.float32))
-    assert account.sum() == pytest.approx(loss(errors, case.h + np.diag(case.damping)), rel=1e-4)
-    rounded = quantize_rtn(case.weight, scheme)
-    nearest = case.weight - np.asarray(rounded.dequantize())
-    assert loss(errors, case.h) < 0.6 * loss(nearest, case.h)
 
 
 def test_super_blocks_hand_on_their_errors() -> None:
@@ -166,9 +159,9 @@ def test_uncorrelated_features_give_round_to_nearest(k: int, scheme: QuantScheme
     case = _case(k, scheme, dtype=np.float32)
     case = case._replace(h=np.diag(np.diagonal(case.h)))
     codes, _ = case.solve()
-    rounded = quantize_rtn(case.weight, scheme)
     scales, zeros = case.grid()
-    np.testing.assert_array_equal((codes - zeros) * scales, np.asarray(rounded.dequantize()))
+    rounded = _round_to_nearest(case.weight, scheme)
+    np.testing.assert_array_equal((codes - zeros) * scales, rounded)
 
 
 def test_order_of_the_inputs_does_not_matter() -> None:
@@ -180,25 +173,16 @@ def test_order_of_the_inputs_does_not_matter() -> None:
     np.testing.assert_array_equal(shuffled.solve()[0], case.solve()[0][:, shuffle])
 
 
-def test_rows_are_solved_alike_alone_and_together() -> None:
-    case = _case(576, INT4_G64)
-    codes, account = case.solve()
-    for rows in (slice(0, N // 2), slice(N // 2, N)):
-        some_codes, some_account = case.solve(rows=rows)
-        assert np.mean(some_codes == codes[rows]) > 0.999
-        np.testing.assert_allclose(some_account.sum(), account[rows].sum(), rtol=1e-3)
-
-
 def test_rows_of_padding_change_nothing() -> None:
     case = _case(576, INT4_G64)
     codes, account = case.solve()
-    wide = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 16)], constant_values=1.0), case.wide)
-    padded = case._replace(weight=np.pad(case.weight, [(0, 16), (0, 0)]), wide=wide)
-    padded_codes, padded_account = padded.solve()
-    assert np.mean(padded_codes[:N] == codes) > 0.999
-    assert not padded_codes[N:].any()
-    assert not padded_account[N:].any()
-    np.testing.assert_allclose(padded_account.sum(), account.sum(), rtol=1e-3)
+    weight = case.weight.copy()
+    weight[32:] = 0
+    padded_codes, padded_account = case._replace(weight=weight).solve()
+    np.testing.assert_array_equal(padded_codes[:32], codes[:32])
+    np.testing.assert_array_equal(padded_account[:32], account[:32])
+    assert not padded_codes[32:].any()
+    assert not padded_account[32:].any()
 
 
 def test_sharded_rows_are_solved_without_exchange() -> None:
@@ -213,10 +197,10 @@ def test_sharded_rows_are_solved_without_exchange() -> None:
     factors = factor(place(case.h.astype(np.float32)), damping, order, wide=False)
     wide = jax.tree.map(lambda x: place(x, None, "model"), case.wide)
     arguments = (place(case.weight, "model"), factors, order, wide, INT4_G64)
-    program = str(solve.lower(*arguments).compile().as_text())
+    program = solve.lower(*arguments).compile()
     for exchange in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert exchange not in program
-    codes, _ = solve(*arguments)
+        assert exchange not in str(program.as_text())
+    codes, _ = program(*arguments[:-1])
     assert codes.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("model")), 2)
     assert np.mean(np.asarray(codes) == case.solve()[0]) > 0.999
 
