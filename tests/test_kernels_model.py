@@ -66,6 +66,10 @@ def test_a_decode_step_lowers_for_a_gpu_with_each_kernel_once(
     assert text.count("@mosaic_gpu_v2") == kernels
 
 
-def test_a_weight_without_a_kernel_is_refused_by_name(tiny_llama3) -> None:
-    with pytest.raises(NotImplementedError, match="float4"):
-        LLM(tiny_llama3("ct_nvfp4a16"), dtype="bfloat16", backend="pallas")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("ct_nvfp4a16", "groups of 32, 64, 128"), ("ct_mxfp4a16", "no kernel for float4_e2m1fn")],
+)
+def test_a_weight_without_a_kernel_is_refused(tiny_llama3, kind: str, reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=reason):
+        LLM(tiny_llama3(kind), dtype="bfloat16", backend="pallas")
