@@ -1,6 +1,7 @@
 """`LLM`: a checkpoint, loaded, and all that a user does with it. Names and meanings are vLLM's."""
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -437,8 +438,6 @@ def _kv_cache_dtype(
 
 def _max_model_len(requested: int | None, config: LlamaConfig, max_cache_tokens: int) -> int:
     """The user's wish, or the model's maximum, if a cache of that length fits into memory."""
-    import warnings
-
     longest = config.max_model_len
     if requested is not None and requested > longest:
         raise ValueError(

@@ -131,18 +131,16 @@ def test_features_are_the_least_that_serves_all() -> None:
     assert of(stop_token_ids=list(range(9))).num_stop_ids == 16
 
 
-def decode_text(runner: Runner, monkeypatch: pytest.MonkeyPatch, **limits: int) -> str:
+def decode_text(runner: Runner) -> str:
     """The optimized program of the last decode that `runner` compiled."""
-    run(make_engine(runner, **limits), [request(5), request(6)])
+    run(make_engine(runner), [request(5), request(6)])
     (key,) = [key for key in runner.programs if key[0] == "decode"]
     return runner.programs[key].as_text()
 
 
-def test_decode_copies_no_cache_and_asks_the_host_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_decode_copies_no_cache_and_asks_the_host_nothing() -> None:
     runner = make_runner()
-    text = decode_text(runner, monkeypatch)
+    text = decode_text(runner)
     assert runner.cache is not None
     shape = ",".join(map(str, runner.cache.layers[0].shape))
     copies = [line for line in text.splitlines() if f"f32[{shape}]" in line and " copy(" in line]
