@@ -236,7 +236,8 @@ def test_factor_has_a_small_backward_error(wide: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("wide", [False, True])
 def test_factor_has_a_small_backward_error_on_a_gpu(wide: bool) -> None:
-    assert _backward_error(4096, wide=wide) < 1e-6
+    # cuSOLVER's float32 sums of 4096 products; in TF32 they would be off by 6e-5 and more.
+    assert _backward_error(4096, wide=wide) < (1e-6 if wide else 1e-5)
 
 
 def test_what_float32_cannot_factor_is_nan_and_float64_can() -> None:

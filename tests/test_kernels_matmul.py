@@ -105,6 +105,7 @@ def test_eight_bit_at_every_ragged_m(m, dtype):
         (4, 128, True, "float16", "float16"),
         (4, 32, True, "bfloat16", "float32"),
         (4, None, False, "bfloat16", "float32"),
+        (4, None, True, "bfloat16", "bfloat16"),
         (8, 128, False, "bfloat16", "bfloat16"),
         (8, None, False, "float16", "float32"),
     ],

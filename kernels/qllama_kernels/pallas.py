@@ -194,6 +194,11 @@ def _product(
     if scales.shape != (1, 1):
         scales = jnp.pad(scales, ((0, 0), (0, n - problem.n)))
     zeros = None if zeros is None else jnp.pad(zeros, ((0, 0), (0, n - problem.n)))
+    group_size = problem.group_size
+    if zeros is not None and group_size is None:
+        # The kernels know zero points of groups alone: let each run of columns have the row's.
+        group_size = COLUMNS
+        scales, zeros = (jnp.broadcast_to(a, (k // COLUMNS, n)) for a in (scales, zeros))
     if config is None:
         weight = dequantize(
             codes,
@@ -201,7 +206,7 @@ def _product(
             zeros,
             n=n,
             k=k,
-            group_size=problem.group_size,
+            group_size=group_size,
             dtype=x.dtype,
             interpret=interpret,
         )
@@ -218,7 +223,7 @@ def _product(
         zeros,
         input_scale,
         n=n,
-        group_size=problem.group_size,
+        group_size=group_size,
         config=config,  # type: ignore[arg-type]
         out_dtype=out_dtype,
         interpret=interpret,

@@ -179,7 +179,7 @@ def _backends() -> Iterator[SchemeBackend]:
 
     gpu = jax.default_backend() == "gpu"
     why = (
-        "kernels for Hopper GPUs take 8-bit weights and inputs; backend='pallas' packs others too"
+        "the Pallas kernels are for Hopper GPUs, and for groups of 32, 64 or 128 columns or none"
         if gpu
         else "a CPU multiplies floats faster than it unpacks codes"
     )

@@ -3,12 +3,13 @@
 Weights are `[N, K]` (out, in) as in the checkpoint; inputs `[..., K]`, results `[..., N]`.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from qllama_kernels.dispatch import quantized_matmul
+from qllama_kernels.dispatch import kernels_run_here, quantized_matmul
 from qllama_kernels.reference import dequantize_input
 from qllama_kernels.xla import dot
 
@@ -157,8 +158,9 @@ def make_dense(
         bias: `[N]` or None.
         dtype: the compute dtype; float weights are cast to it.
         backend: as `qllama_kernels.dispatch.quantized_matmul`. "auto" off the GPU dequantizes the
-            weight here, once: XLA's narrow products are slower than float ones on a CPU. "pallas"
-            and "interpret" pack the weight for its kernel.
+            weight here, once: XLA's narrow products are slower than float ones on a CPU. On a GPU
+            with kernels, "auto" packs the weight for its kernel if it has one; "pallas" and
+            "interpret" insist on one.
         semantics: of activation quantization.
 
     Raises:
@@ -168,8 +170,7 @@ def make_dense(
     if not isinstance(weight, QTensor):
         return Dense(weight.astype(dtype), bias)
     if backend != "auto" or jax.default_backend() == "gpu":
-        # "auto" does not pack: the kernels for packed weights have not read long prompts on a GPU.
-        weight = weight.packed() if backend in ("pallas", "interpret") else weight
+        weight = _laid_out(weight, jnp.dtype(dtype), backend)
         return QuantDense(weight, bias, backend=backend, semantics=semantics)
     activations = weight.scheme.activations
     if activations is None:
@@ -182,3 +183,14 @@ def make_dense(
         input_zero=weight.input_zero,
         semantics=semantics,
     )
+
+
+def _laid_out(weight: QTensor, dtype: jnp.dtype, backend: str) -> QTensor:
+    """The weight packed for its kernel, where `backend` will use that."""
+    if backend in ("pallas", "interpret"):
+        return weight.packed()
+    takes = dtype.itemsize == 2 or weight.scheme.activations is not None
+    if backend == "auto" and kernels_run_here() and takes:
+        with contextlib.suppress(NotImplementedError):
+            return weight.packed()
+    return weight

@@ -1,0 +1,342 @@
+"""Decoding speed of whole models on a GPU, through `LLM.generate`, beside XLA and transformers.
+
+    python benchmarks/bench_decode.py --shape llama-3.1-8b --scheme W4A16 FP8_DYNAMIC bf16 \
+        --batch 1 16 --context 128 1024 --peer-python python3 --json benchmarks/results/decode.json
+
+Each scheme is measured on a random checkpoint of the shape, made in `--scratch`. Every scheme,
+backend and peer is a process of its own. They load and compile side by side and are timed one
+after the other. A step is the difference between generating many tokens and a few, over the
+difference in tokens, so that reading the prompt and the first dispatch cancel. `limit` is what
+the card's measured read bandwidth allows: every weight and every key and value read once a step.
+`parts` are microseconds of a step: matmuls, other kernels, copies, and gaps between them.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FEW, MANY = 9, 121  # tokens generated: whole bursts of eight steps after the first token
+PEER = "transformers bf16 compiled"
+
+_PEER = """
+import json, sys, time, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, cells, few, many, repeat = json.loads(sys.argv[1])
+config = AutoConfig.from_pretrained(folder)
+config.__dict__.pop("quantization_config", None)
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("cuda"):
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+def seconds(batch, context, count):
+    ids = torch.randint(0, config.vocab_size, (batch, context), device="cuda")
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                   min_new_tokens=count, do_sample=False, pad_token_id=0,
+                   cache_implementation="static")
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+for batch, context in cells:
+    for count in (few, many, few, many):
+        seconds(batch, context, count)
+print("READY", flush=True)
+input()
+for batch, context in cells:
+    for count in (few, many):
+        seconds(batch, context, count)
+    steps = [(seconds(batch, context, many) - seconds(batch, context, few)) / (many - few)
+             for _ in range(repeat)]
+    print("CELL" + json.dumps({"batch": batch, "context": context, "steps": steps}), flush=True)
+"""
+
+
+# -- a process that is measured --------------------------------------------------------------------
+
+
+def measure(folder: Path, backend: str, cells: list[tuple[int, int]], repeat: int) -> None:
+    """Time a decode step of `LLM(folder)` at every (batch, context), greedy, random tokens.
+
+    Prints READY once everything is compiled, waits for a line, then prints a CELL for each.
+    """
+    from qllama import LLM, SamplingParams
+
+    begin = time.perf_counter()
+    llm = LLM(folder, backend=backend, max_model_len=max(context for _, context in cells) + MANY)
+    loaded = time.perf_counter() - begin
+    random = np.random.default_rng(0)
+
+    def seconds(batch: int, context: int, count: int) -> float:
+        ids = random.integers(0, llm.config.vocab_size, (batch, context))
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        begin = time.perf_counter()
+        llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    first = {cell: seconds(*cell, MANY) for cell in cells}
+    print("READY", flush=True)
+    input()
+    bandwidth, weights = _read_bandwidth(), _bytes_a_step(llm)
+    for cell in cells:
+        batch, context = cell
+        seconds(*cell, MANY)
+        steps = [(seconds(*cell, MANY) - seconds(*cell, FEW)) / (MANY - FEW) for _ in range(repeat)]
+        few, many = (_traced(lambda n=n, cell=cell: seconds(*cell, n)) for n in (FEW, MANY))
+        many.subtract(few)
+        kernels = {name: ns / (MANY - FEW) / 1e3 for name, ns in many.most_common()}
+        parts: Counter[str] = Counter()
+        for name, us in kernels.items():
+            parts[_kind(name)] += us
+        if parts:
+            parts["gaps"] = statistics.median(steps) * 1e6 - sum(parts.values())
+        cache = batch * (context + (MANY + FEW) / 2) * _cache_bytes(llm)
+        found = {
+            "batch": batch,
+            "context": context,
+            "steps": steps,
+            "limit": (weights + cache) / bandwidth,
+            "parts": {name: round(us, 1) for name, us in parts.items()},
+            "kernels": {name[:70]: round(us, 1) for name, us in list(kernels.items())[:24]},
+            "load_s": round(loaded, 1),
+            "first_s": round(first[cell], 1),
+        }
+        print("CELL" + json.dumps(found), flush=True)
+
+
+def _read_bandwidth() -> float:
+    """Bytes a second that a sum over much more than the caches reads."""
+    import jax
+    import jax.numpy as jnp
+
+    big = jnp.ones(1 << (28 if jax.default_backend() == "gpu" else 24), jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(big).block_until_ready()
+    begin = time.perf_counter()
+    for _ in range(20):
+        last = total(big)
+    last.block_until_ready()
+    return 20 * big.nbytes / (time.perf_counter() - begin)
+
+
+def _bytes_a_step(llm: Any) -> int:
+    """What every decode step reads of the weights: all but the embedding, unless it is the head."""
+    import jax
+    from flax import nnx
+
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(llm.model)))
+    tied = llm.model.lm_head is None
+    return total if tied else total - llm.model.embed_tokens[...].nbytes
+
+
+def _cache_bytes(llm: Any) -> int:
+    from qllama.model.kv_cache import cache_bytes
+
+    return cache_bytes(llm.config, llm.kv_cache_dtype)
+
+
+def _traced(run: Callable[[], object]) -> "Counter[str]":
+    """Nanoseconds that each kernel on the GPU took while `run` ran; nothing on a CPU."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    spent: Counter[str] = Counter()
+    for plane in profile.planes:
+        if plane.name.startswith("/device:GPU:0"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        spent[event.name] += int(event.duration_ns)
+    return spent
+
+
+def _kind(kernel: str) -> str:
+    name = kernel.lower()
+    if any(word in name for word in ("mosaic", "gemm", "gemv", "nvjet", "cutlass", "_dot")):
+        return "matmuls"
+    return "copies" if "memcpy" in name or "memset" in name else "other kernels"
+
+
+# -- the parent ------------------------------------------------------------------------------------
+
+
+def bench_decode(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record for each scheme, batch and context; `value` in tokens per second."""
+    cells = [(batch, context) for batch in options.batch for context in options.context]
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        with ThreadPoolExecutor() as pool:
+            make = [pool.submit(_make, Path(scratch), name, options) for name in options.scheme]
+            folders = dict(zip(options.scheme, [made.result() for made in make], strict=True))
+        commands = {
+            (scheme, backend): [
+                *(sys.executable, __file__, "--measure", str(folder), "--backend", backend),
+                *("--batch", *map(str, options.batch), "--context", *map(str, options.context)),
+                *("--repeat", str(options.repeat)),
+            ]
+            for scheme, folder in folders.items()
+            for backend in (("auto",) if scheme == "bf16" else options.backends)
+        }
+        if options.peer_python:
+            one = next(iter(folders.values()))
+            argument = json.dumps([str(one), cells, FEW, MANY, options.repeat])
+            commands["peer", ""] = [options.peer_python, "-c", _PEER, argument]
+        found = dict(_run_in_turn(commands, options.timeout))
+    records = []
+    for (scheme, backend), measured in found.items():
+        if backend != "auto":
+            continue
+        for cell, what in measured.items():
+            peers = {"qllama xla": found.get((scheme, "xla")), PEER: found.get(("peer", ""))}
+            rates = {
+                name: round(cell[0] / statistics.median(peer[cell]["steps"]), 1)
+                for name, peer in peers.items()
+                if peer and cell in peer
+            }
+            records.append(_record(scheme, what, rates, options))
+    return records
+
+
+def _make(scratch: Path, scheme: str, options: argparse.Namespace) -> Path:
+    """A random checkpoint of `scheme`."""
+    script = Path(__file__).with_name("make_checkpoint.py")
+    command = [sys.executable, str(script), "--shape", options.shape, "--scheme", scheme]
+    for name in ("layers", "vocab"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", str(getattr(options, name))]
+    folder = scratch / scheme
+    subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def _run_in_turn[K](
+    commands: dict[K, list[str]], timeout: float
+) -> Iterator[tuple[K, dict[tuple[int, int], dict[str, Any]]]]:
+    """Start all commands; once each is ready or dead, let one after the other measure.
+
+    A command that fails or hangs costs its own cells alone.
+    """
+    deadline = time.monotonic() + timeout
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with contextlib.ExitStack() as stack:
+        errors = {key: stack.enter_context(tempfile.TemporaryFile("w+")) for key in commands}
+        running = {
+            key: subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors[key],
+                text=True,
+                env=environment,
+            )
+            for key, command in commands.items()
+        }
+        for process in running.values():
+            stack.callback(process.kill)
+        with ThreadPoolExecutor(len(running)) as pool:
+            waiting = {key: pool.submit(_until, p, "READY") for key, p in running.items()}
+            for key, future in waiting.items():
+                try:
+                    future.result(max(deadline - time.monotonic(), 0))
+                except TimeoutError:
+                    running[key].kill()
+        for key, process in running.items():
+            lines: list[str] = []
+            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                out, _ = process.communicate("\n", timeout=timeout)
+                lines = out.splitlines()
+            if process.returncode != 0:
+                process.kill()
+                errors[key].seek(0)
+                print(f"{key} failed:\n{errors[key].read()[-1500:]}", file=sys.stderr)
+            found = [json.loads(line[4:]) for line in lines if line.startswith("CELL")]
+            yield key, {(cell["batch"], cell["context"]): cell for cell in found}
+
+
+def _until(process: "subprocess.Popen[str]", wanted: str) -> None:
+    """Read what a process prints up to a line `wanted`, or its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(wanted):
+            return
+
+
+def _record(
+    scheme: str, cell: dict[str, Any], peers: dict[str, float], options: argparse.Namespace
+) -> dict[str, Any]:
+    from records import new_record
+
+    batch = cell["batch"]
+    rates = sorted(batch / step for step in cell["steps"])
+    record = new_record(
+        "decode",
+        model=options.shape,
+        layers=options.layers,
+        scheme=scheme,
+        batch=batch,
+        context=cell["context"],
+        metric="tokens_per_second",
+        value=round(statistics.median(rates), 1),
+        spread=[round(rates[0], 1), round(rates[-1], 1)],
+        limit=round(batch / cell["limit"], 1),
+        parts=cell["parts"],
+        peers=peers,
+    )
+    beside = ", ".join(f"{name} {rate}" for name, rate in peers.items())
+    print(
+        f"{scheme:12} batch {batch:3} context {cell['context']:5}: {record['value']:8} tokens/s, "
+        f"{record['value'] / record['limit']:.0%} of the limit; {beside or 'no peer'}; loaded in "
+        f"{cell['load_s']} s, first run {cell['first_s']} s; {cell['parts']}"
+    )
+    for name, us in cell["kernels"].items():
+        print(f"    {us:8.1f} us  {name}")
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--vocab", type=int, help="another size than the shape's")
+    parser.add_argument("--scheme", nargs="+", default=["W4A16", "W8A8", "FP8_DYNAMIC", "bf16"])
+    parser.add_argument("--backends", nargs="+", default=["auto", "xla"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--context", nargs="+", type=int, default=[128, 1024])
+    parser.add_argument("--repeat", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds to load and compile")
+    parser.add_argument("--scratch", default=None, help="where checkpoints are made: fast, large")
+    parser.add_argument("--peer-python", help="interpreter with torch and transformers")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="merge the records into this file")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--backend", default="auto", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.measure:
+        cells = [(batch, context) for batch in options.batch for context in options.context]
+        measure(options.measure, options.backend, cells, options.repeat)
+        return
+    records = bench_decode(options)
+    if options.json:
+        from records import merge_records
+
+        merge_records(options.json, records)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
