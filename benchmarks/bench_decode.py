@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -177,40 +178,40 @@ def _kind(kernel: str) -> str:
 # -- the parent ------------------------------------------------------------------------------------
 
 
-def bench_decode(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record for each scheme, batch and context; `value` in tokens per second."""
+def bench_decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One record for each scheme, batch and context, as they come; `value` in tokens a second."""
     cells = [(batch, context) for batch in options.batch for context in options.context]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         with ThreadPoolExecutor() as pool:
             make = [pool.submit(_make, Path(scratch), name, options) for name in options.scheme]
             folders = dict(zip(options.scheme, [made.result() for made in make], strict=True))
-        commands = {
-            (scheme, backend): [
-                *(sys.executable, __file__, "--measure", str(folder), "--backend", backend),
-                *("--batch", *map(str, options.batch), "--context", *map(str, options.context)),
-                *("--repeat", str(options.repeat)),
-            ]
-            for scheme, folder in folders.items()
-            for backend in (("auto",) if scheme == "bf16" else options.backends)
-        }
+        commands = {}
         if options.peer_python:
             one = next(iter(folders.values()))
             argument = json.dumps([str(one), cells, FEW, MANY, options.repeat])
-            commands["peer", ""] = [options.peer_python, "-c", _PEER, argument]
-        found = dict(_run_in_turn(commands, options.timeout))
-    records = []
-    for (scheme, backend), measured in found.items():
-        if backend != "auto":
-            continue
-        for cell, what in measured.items():
-            peers = {"qllama xla": found.get((scheme, "xla")), PEER: found.get(("peer", ""))}
-            rates = {
-                name: round(cell[0] / statistics.median(peer[cell]["steps"]), 1)
-                for name, peer in peers.items()
-                if peer and cell in peer
-            }
-            records.append(_record(scheme, what, rates, options))
-    return records
+            commands["peer", PEER] = [options.peer_python, "-c", _PEER, argument]
+        for scheme, folder in folders.items():
+            # "auto" last: it makes the record, with the others as its peers.
+            for backend in (*options.backends, "auto"):
+                commands[scheme, backend] = [
+                    *(sys.executable, __file__, "--measure", str(folder), "--backend", backend),
+                    *("--batch", *map(str, options.batch)),
+                    *("--context", *map(str, options.context)),
+                    *("--repeat", str(options.repeat)),
+                ]
+        found: dict[tuple[str, str], dict[tuple[int, int], dict[str, Any]]] = {}
+        for key, measured in _run_in_turn(commands, options.timeout):
+            found[key] = measured
+            scheme, backend = key
+            for cell, what in measured.items() if backend == "auto" else ():
+                peers = {
+                    other if of == "peer" else f"qllama {other}": round(
+                        cell[0] / statistics.median(theirs[cell]["steps"]), 1
+                    )
+                    for (of, other), theirs in found.items()
+                    if of in ("peer", scheme) and other != "auto" and cell in theirs
+                }
+                yield _record(scheme, what, peers, options)
 
 
 def _make(scratch: Path, scheme: str, options: argparse.Namespace) -> Path:
@@ -232,12 +233,14 @@ def _run_in_turn[K](
 
     A command that fails or hangs costs its own cells alone.
     """
-    deadline = time.monotonic() + timeout
+    begin = time.monotonic()
+    deadline = begin + timeout
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with contextlib.ExitStack() as stack:
         errors = {key: stack.enter_context(tempfile.TemporaryFile("w+")) for key in commands}
-        running = {
-            key: subprocess.Popen(
+        running = {}
+        for key, command in commands.items():
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -245,36 +248,45 @@ def _run_in_turn[K](
                 text=True,
                 env=environment,
             )
-            for key, command in commands.items()
-        }
-        for process in running.values():
+            running[key] = stack.enter_context(process)
             stack.callback(process.kill)
         with ThreadPoolExecutor(len(running)) as pool:
-            waiting = {key: pool.submit(_until, p, "READY") for key, p in running.items()}
+            waiting = {key: pool.submit(_until_ready, p) for key, p in running.items()}
             for key, future in waiting.items():
                 try:
                     future.result(max(deadline - time.monotonic(), 0))
                 except TimeoutError:
                     running[key].kill()
+        print(f"{time.monotonic() - begin:.0f} s: all ready", file=sys.stderr, flush=True)
         for key, process in running.items():
-            lines: list[str] = []
-            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-                out, _ = process.communicate("\n", timeout=timeout)
-                lines = out.splitlines()
-            if process.returncode != 0:
-                process.kill()
+            watchdog = threading.Timer(timeout, process.kill)
+            watchdog.start()
+            yield key, {(cell["batch"], cell["context"]): cell for cell in _cells(process)}
+            watchdog.cancel()
+            if process.wait() != 0:
                 errors[key].seek(0)
                 print(f"{key} failed:\n{errors[key].read()[-1500:]}", file=sys.stderr)
-            found = [json.loads(line[4:]) for line in lines if line.startswith("CELL")]
-            yield key, {(cell["batch"], cell["context"]): cell for cell in found}
 
 
-def _until(process: "subprocess.Popen[str]", wanted: str) -> None:
-    """Read what a process prints up to a line `wanted`, or its end."""
+def _until_ready(process: "subprocess.Popen[str]") -> None:
+    """Read what a process prints until it says READY, or ends."""
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith(wanted):
+        if line.startswith("READY"):
             return
+
+
+def _cells(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
+    """Let a process measure; what it finds, shown as it comes."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it died: the loop below finds nothing
+        process.stdin.write("\n")
+        process.stdin.close()
+    for line in process.stdout:
+        if line.startswith("CELL"):
+            print(line.rstrip(), file=sys.stderr, flush=True)
+            yield json.loads(line.removeprefix("CELL"))
 
 
 def _record(
@@ -316,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--vocab", type=int, help="another size than the shape's")
     parser.add_argument("--scheme", nargs="+", default=["W4A16", "W8A8", "FP8_DYNAMIC", "bf16"])
-    parser.add_argument("--backends", nargs="+", default=["auto", "xla"])
+    parser.add_argument("--backends", nargs="+", default=["xla"], help="beside auto")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--context", nargs="+", type=int, default=[128, 1024])
     parser.add_argument("--repeat", type=int, default=5, help="(%(default)s)")
@@ -331,11 +343,11 @@ def main(arguments: list[str] | None = None) -> None:
         cells = [(batch, context) for batch in options.batch for context in options.context]
         measure(options.measure, options.backend, cells, options.repeat)
         return
-    records = bench_decode(options)
-    if options.json:
-        from records import merge_records
+    for record in bench_decode(options):
+        if options.json:
+            from records import merge_records
 
-        merge_records(options.json, records)
+            merge_records(options.json, [record])
 
 
 if __name__ == "__main__":
