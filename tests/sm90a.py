@@ -1,4 +1,6 @@
-"""Compiles the table's kernels for sm_90a without a GPU and prints ptxas' registers and spills.
+"""Compiles kernels for sm_90a without a GPU and prints what ptxas spilled.
+
+The configs of the table, and those that the rule gives to FP8 in blocks.
 
 A program of its own, because JAX must see the CUDA plugin. Needs jax-cuda13-plugin,
 jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-runtime and nvidia-nvjitlink.
@@ -49,16 +51,17 @@ def main() -> None:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
     from qllama_kernels import tuning
-    from test_kernels_tuning import TABLE, operands, product
+    from test_kernels_tuning import SHAPES, TABLE, operands, product
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     done = set()
-    for key in sorted(TABLE):
+    blocks = [("fp8_block", *shape, m) for shape in SHAPES[::3] for m in tuning.M_BUCKETS]
+    for key in sorted(TABLE) + blocks:
         scheme, n, k, m = key
-        group = 128 if scheme == "w4a16" else None
+        group = 128 if scheme in ("w4a16", "fp8_block") else None
         problem = tuning.Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
-        config = tuning.from_record(TABLE[key])
+        config = tuning.choose(problem, "NVIDIA H200")
         if (scheme, config) in done:
             continue
         done.add((scheme, config))

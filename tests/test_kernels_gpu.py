@@ -24,6 +24,18 @@ def weight(scheme, n, k, group=None, asymmetric=False):
             codes, scales, zeros, k=k, weight_dtype=f"int{bits}", group_size=group
         )
         return codes, scales, zeros, packed
+    if scheme == "fp8_block":
+        codes = jnp.asarray(rng.integers(-64, 64, (n, k)) / 8, "float8_e4m3fn")
+        scales = jnp.asarray(rng.uniform(0.5, 1.5, (-(-n // 128), k // 128)), jnp.float32)
+        packed = dispatch.pack(
+            codes,
+            scales,
+            k=k,
+            weight_dtype="float8_e4m3fn",
+            group_size=pallas.BLOCK,
+            quantized_input=True,
+        )
+        return codes, scales, None, packed
     dtype = "int8" if scheme == "w8a8" else "float8_e4m3fn"
     values = rng.integers(-128, 128, (n, k)) / (1 if dtype == "int8" else 8)
     codes, scales = jnp.asarray(values, dtype), jnp.asarray(rng.uniform(0.5, 1.5, (n, 1)))
@@ -37,12 +49,14 @@ def check(scheme, m, n, k, *, group=None, asymmetric=False, dtype="bfloat16", ba
     codes, scales, zeros, packed = weight(scheme, n, k, group, asymmetric)
     rng = np.random.default_rng(m)
     weight_dtype = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8"}.get(scheme, "float8_e4m3fn")
-    kwargs = {"weight_dtype": weight_dtype, "group_size": group}
+    group_size = pallas.BLOCK if scheme == "fp8_block" else group
+    kwargs = {"weight_dtype": weight_dtype, "group_size": group_size}
     if scheme in ("w4a16", "w8a16"):
         x = jnp.asarray(rng.normal(size=(m, k)), dtype)
     else:
         x = jnp.asarray(rng.integers(-128, 128, (m, k)) / 8, weight_dtype)
-        kwargs["input_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, (m, 1)), jnp.float32)
+        groups = k // 128 if scheme == "fp8_block" else 1
+        kwargs["input_scale"] = jnp.asarray(rng.uniform(0.5, 1.5, (m, groups)), jnp.float32)
     out = dispatch.quantized_matmul(
         x,
         packed.codes,
@@ -57,7 +71,7 @@ def check(scheme, m, n, k, *, group=None, asymmetric=False, dtype="bfloat16", ba
         jax.jit(functools.partial(reference.quantized_matmul, **kwargs))(x, codes, scales, zeros)
     )
     # Hopper's fp8 sums keep about 14 bits; the dequantized copy is rounded to 16.
-    tolerance = 1e-2 if scheme == "fp8" or m >= tuning.DENSE_M else 1e-4
+    tolerance = 1e-2 if scheme.startswith("fp8") or m >= tuning.DENSE_M else 1e-4
     assert np.abs(np.asarray(out) - expected).max() <= tolerance * np.abs(expected).max()
 
 
@@ -67,7 +81,7 @@ def test_every_small_m(m):
 
 
 @pytest.mark.parametrize("m", EDGES)
-@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8", "fp8"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8", "fp8", "fp8_block"])
 def test_bucket_edges(scheme, m):
     check(scheme, m, 264, 1152, group=128 if scheme in ("w4a16", "w8a16") else None)
 

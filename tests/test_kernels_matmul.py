@@ -100,6 +100,37 @@ def test_eight_bit_at_every_ragged_m(m, dtype):
 
 
 @pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (0, 128, 128, BATCH),
+        (3, 72, 256, BATCH),
+        (17, 200, 384, BATCH),
+        (16, 256, 512, BatchConfig(block_m=16, warpgroups=2, blocks=2, stages=2, splits=2)),
+        (33, 264, 256, BatchConfig(block_m=32, warpgroups=4, stages=2)),
+    ],
+)
+def test_float8_in_blocks(m, n, k, config):
+    rng = np.random.default_rng(m)
+    x, codes = (
+        jnp.asarray(rng.integers(-64, 64, s) / 8, "float8_e4m3fn") for s in ((m, k), (n, k))
+    )
+    blocks = -(-n // 128), k // 128
+    scales = jnp.asarray(rng.uniform(0.1, 9.0, blocks), jnp.bfloat16)
+    input_scale = jnp.asarray(rng.uniform(0.1, 9.0, (m, k // 128)), jnp.float32)
+    kwargs = {"weight_dtype": "float8_e4m3fn", "group_size": (128, 128), "input_scale": input_scale}
+    packed = dispatch.pack(
+        codes,
+        scales,
+        k=k,
+        weight_dtype="float8_e4m3fn",
+        group_size=(128, 128),
+        quantized_input=True,
+    )
+    out = interpret(x, packed, config=config, **kwargs)
+    assert_close(out, expected_of(x, codes, scales, **kwargs))
+
+
+@pytest.mark.parametrize(
     ("bits", "group", "asymmetric", "dtype", "scale_dtype"),
     [
         (4, 128, True, "float16", "float16"),

@@ -48,6 +48,9 @@ def operands(problem):
         return shape((m, k), jnp.bfloat16), codes, scales, None
     dtype = jnp.int8 if problem.scheme == "w8a8" else jnp.float8_e4m3fn
     scales, input_scale = shape((n, 1), jnp.bfloat16), shape((m, 1), jnp.float32)
+    if problem.scheme == "fp8_block":
+        scales = shape((-(-n // 128), k // 128), jnp.bfloat16)
+        input_scale = shape((m, k // 128), jnp.float32)
     return shape((m, k), dtype), shape((n, k), dtype), scales, input_scale
 
 
@@ -115,7 +118,12 @@ def test_dequantizing_product_lowers():
 @pytest.mark.parametrize("m", [1, 9, 16, 17, 200])
 @pytest.mark.parametrize(
     ("scheme", "n", "k", "group"),
-    [("w4a16", 264, 576, 32), ("w8a16", 70, 200, None), ("w8a8", 264, 384, None)],
+    [
+        ("w4a16", 264, 576, 32),
+        ("w8a16", 70, 200, None),
+        ("w8a8", 264, 384, None),
+        ("fp8_block", 264, 384, 128),
+    ],
 )
 def test_odd_shapes_lower(scheme, n, k, group, m):
     problem = Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
@@ -134,11 +142,11 @@ def test_tables_are_well_formed():
             assert record["m"] in tuning.M_BUCKETS
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8", "fp8"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8", "fp8", "fp8_block"])
 @pytest.mark.parametrize("m", [1, 9, 33, 100, 256, 4096])
 def test_heuristic_fits_every_llama_shape(scheme, m):
     for n, k in SHAPES:
-        group = 128 if scheme == "w4a16" else None
+        group = 128 if scheme in ("w4a16", "fp8_block") else None
         problem = Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
         config = tuning.choose(problem)
         assert tuning.fits(problem, config)

@@ -52,7 +52,9 @@ def batch_matmul(
 ) -> jax.Array:
     """The product, or, if `config.splits > 1`, its float32 partial sums: add up the first axis.
 
-    Arguments as `decode_matmul`, but M may be larger than `block_m`.
+    Arguments as `decode_matmul`, but M may be larger than `block_m`, and float8 weights may have
+    scales by blocks: then `scales` is float32 `[ceil(N/128), K']`, one for 128x128 weights, K'
+    being K/128 rounded up to 4, `input_scale` float32 `[K/128, M]`, and `group_size` 128.
     """
     m, k = x.shape
     c = config
@@ -64,10 +66,13 @@ def batch_matmul(
     bias = fragments.bias(bits, x.dtype) if in_registers else 0.0
     sum_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     result_dtype = jnp.float32 if c.splits > 1 else out_dtype
+    per_block = bool(group_size) and not in_registers
+    # What comes with each step: scales of groups of columns, of the weight or of the tokens.
     grouped = [g for g in (scales if group_size else None, zeros) if g is not None]
-    row_scales = [] if group_size else [scales]
-    token_scales = [] if input_scale is None else [jnp.atleast_1d(input_scale)]
-    per_token = input_scale is not None and input_scale.ndim > 0
+    grouped = [input_scale] if per_block else grouped
+    row_scales = [scales] if per_block or not group_size else []
+    token_scales = [] if per_block or input_scale is None else [jnp.atleast_1d(input_scale)]
+    per_token = bool(token_scales) and input_scale.ndim > 0
     cta_rows = c.warpgroups * ROWS
     out_m = min(c.block_m, 32)
 
@@ -80,7 +85,8 @@ def batch_matmul(
         out_ref, x_ring, ring = next(take), next(take), next(take)
         grouped_ring = [next(take) for _ in grouped]
         token_smem = next(take) if per_token else None
-        out_smem, loaded, left, tokens_ready, *staging = take
+        block_smem = next(take) if per_block else None
+        out_smem, loaded, left, scales_ready, *staging = take
 
         wg = lax.axis_index("wg")
         m0 = lax.axis_index("m") * c.block_m
@@ -104,7 +110,8 @@ def batch_matmul(
             plgpu.copy_gmem_to_smem(source, ring.at[slot], arrived)
             for ref, smem in zip(grouped_refs, grouped_ring, strict=True):
                 groups = pl.ds(block * (COLUMNS // group_size), per_step)
-                plgpu.copy_gmem_to_smem(ref.at[groups, rows], smem.at[slot], arrived)
+                across = pl.ds(m0, c.block_m) if per_block else rows
+                plgpu.copy_gmem_to_smem(ref.at[groups, across], smem.at[slot], arrived)
 
         def release(i):
             """This warpgroup has left step i; the first one refills its slot once all have."""
@@ -166,21 +173,49 @@ def batch_matmul(
 
             return pl.run_scoped(scoped, plgpu.ACC((ROWS, c.block_m), sum_dtype))
 
+        def sum_of_blocks():
+            def step(i, acc):
+                slot = lax.rem(i, c.stages)
+                plgpu.barrier_wait(loaded.at[slot])
+
+                def operands(b):
+                    columns = pl.ds(b * COLUMNS, COLUMNS)
+                    weight = ring.at[slot, pl.ds(wg * ROWS, ROWS), columns]
+                    return weight, x_ring.at[slot, :, columns].T
+
+                def scaled(sums, b):
+                    of_weight = block_smem[wg * ROWS // COLUMNS, (split * steps + i) * c.blocks + b]
+                    of_tokens = mosaic.load_columns(grouped_ring[0].at[slot, b]) * of_weight
+                    return sums * lax.broadcast_in_dim(of_tokens, sums.shape, (1,))
+
+                acc = mosaic.add_products(acc, c.blocks, operands, scaled)
+                release(i)
+                return acc
+
+            plgpu.barrier_wait(scales_ready)
+            return lax.fori_loop(0, steps, step, mosaic.zero_sums(c.block_m))
+
         @pl.when(wg == 0)
         def _():
             if per_token:
                 tokens = pl.ds(m0, c.block_m)
-                plgpu.copy_gmem_to_smem(token_ref.at[tokens], token_smem, tokens_ready)
+                plgpu.copy_gmem_to_smem(token_ref.at[tokens], token_smem, scales_ready)
+            if per_block:
+                blocks = pl.ds(n0 // COLUMNS, block_smem.shape[0])
+                plgpu.copy_gmem_to_smem(row_ref.at[blocks], block_smem, scales_ready)
             for i in range(min(c.stages, steps)):
                 fetch(jnp.int32(i))
 
-        total = sum_in_registers() if in_registers else sum_in_memory()
+        if per_block:
+            total = sum_of_blocks()
+        else:
+            total = sum_in_registers() if in_registers else sum_in_memory()
         if per_token:
-            plgpu.barrier_wait(tokens_ready)
+            plgpu.barrier_wait(scales_ready)
         row0 = n0 + wg * ROWS
         total = mosaic.scale_sums(
             total,
-            mosaic.row_slice(row_ref, row0) if row_scales else None,
+            mosaic.row_slice(row_ref, row0) if row_scales and not per_block else None,
             token_smem if per_token else token_ref,
         ).astype(result_dtype)
         total = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -203,8 +238,12 @@ def batch_matmul(
     scratch = [
         smem((c.stages, c.block_m, columns), x.dtype, transforms=x_transforms),
         ring,
-        *[smem((c.stages, per_step, cta_rows), g.dtype) for g in grouped],
+        *[
+            smem((c.stages, per_step, c.block_m if per_block else cta_rows), g.dtype)
+            for g in grouped
+        ],
         *([smem((c.block_m,), jnp.float32)] if per_token else []),
+        *([smem((-(-cta_rows // COLUMNS), scales.shape[1]), jnp.float32)] if per_block else []),
         smem((c.warpgroups, out_m, ROWS), result_dtype),
         plgpu.Barrier(num_arrivals=2 + len(grouped), num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),

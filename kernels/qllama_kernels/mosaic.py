@@ -134,35 +134,54 @@ def fragment_products(
     size = min(group_size or COLUMNS, COLUMNS)
     starts = range(0, len(values) * COLUMNS, size)
 
-    def left(start: int) -> jax.Array:
+    def operands(i: int) -> tuple[jax.Array, jax.Array]:
+        start = starts[i]
         a = values[start // COLUMNS][:, start % COLUMNS : start % COLUMNS + size]
         if zeros:
             zero = zeros[start // group_size].astype(jnp.float32) + bias
-            return a - lax.broadcast_in_dim(zero.astype(a.dtype), a.shape, (0,))
-        return a - jnp.asarray(bias, a.dtype) if bias else a
+            a = a - lax.broadcast_in_dim(zero.astype(a.dtype), a.shape, (0,))
+        elif bias:
+            a = a - jnp.asarray(bias, a.dtype)
+        if staging is not None:
+            staging[...] = a
+            plgpu.commit_smem()
+            a = staging
+        return a, tokens(start, size)
 
-    def scaled(sums: jax.Array, start: int) -> jax.Array:
+    def scaled(sums: jax.Array, i: int) -> jax.Array:
         if not scales:
             return sums
-        scale = scales[start // group_size].astype(jnp.float32)
+        scale = scales[starts[i] // group_size].astype(jnp.float32)
         return sums * lax.broadcast_in_dim(scale, sums.shape, (0,))
+
+    return add_products(acc, len(starts), operands, scaled)
+
+
+def add_products(
+    acc: jax.Array,
+    count: int,
+    operands: Callable[[int], tuple[jax.Array, jax.Array]],
+    scaled: Callable[[jax.Array, int], jax.Array],
+) -> jax.Array:
+    """`acc + sum of scaled(left · right, i)` over `count` products, each in sums of its own.
+
+    Args:
+        acc: float32 `[64, tokens]`.
+        count: how many products.
+        operands: product number -> left `[64, k]` and right `[k, tokens]` of `wgmma`.
+        scaled: its float32 sums and the number -> what to add.
+    """
 
     def products(*partial: jax.Array) -> jax.Array:
         total = acc
-        for i, (ref, start) in enumerate(zip(partial, starts, strict=True)):
-            a = left(start)
-            if staging is not None:
-                staging[...] = a
-                plgpu.commit_smem()
-                a = staging
-            plgpu.wgmma(ref, a, tokens(start, size))
+        for i, ref in enumerate(partial):
+            plgpu.wgmma(ref, *operands(i))
             if i:  # while this product runs, take in the one before
                 done = plgpu.wgmma_accumulator_load(partial[i - 1], wait_n=1)
-                total = total + scaled(done, starts[i - 1])
-        return total + scaled(partial[-1][...], starts[-1])
+                total = total + scaled(done, i - 1)
+        return total + scaled(partial[-1][...], count - 1)
 
-    sums_type = plgpu.ACC(acc.shape, jnp.float32)
-    return pl.run_scoped(products, *[sums_type] * len(starts))
+    return pl.run_scoped(products, *[plgpu.ACC(acc.shape, jnp.float32)] * count)
 
 
 def row_slice(row_scales: jax.Array, start: jax.Array) -> jax.Array:

@@ -23,6 +23,9 @@ _WEIGHT_ONLY: dict[str, Scheme] = {"wgmma4": "w4a16", "wgmma8": "w8a16"}
 GROUP_SIZES = (32, 64, 128)
 
 
+BLOCK = (COLUMNS, COLUMNS)  # rows and columns of a float8 weight that share a scale
+
+
 def column_group(group_size: GroupSize, n: int, k: int) -> int | None:
     """Columns that share a scale, or None for whole rows.
 
@@ -49,6 +52,12 @@ def kernel_layout(
         NotImplementedError: no kernel takes such a weight.
     """
     n, k = shape
+    if quantized_input and weight_dtype == "float8_e4m3fn" and group_size == BLOCK:
+        if n % 8 or k % COLUMNS:
+            raise NotImplementedError(
+                f"weight {list(shape)} in blocks; the kernel takes N a multiple of 8, K of 128"
+            )
+        return "natural"
     group = column_group(group_size, n, k)
     if quantized_input:
         if weight_dtype not in _EIGHT_BIT or group is not None or n % 8 or k % COLUMNS:
@@ -103,6 +112,12 @@ def problem_of(
     scheme = _scheme(x, codes, weight_dtype, layout)
     packed = layout != "natural"
     n, k = (scales.shape[1] if packed else codes.shape[0]), x.shape[-1]
+    m = math.prod(x.shape[:-1])
+    if scheme == "fp8" and group_size == BLOCK and (n, k) != BLOCK:
+        kernel_layout(weight_dtype, group_size, (n, k), quantized_input=True)
+        if input_scale is None or input_scale.shape[-1:] != (k // COLUMNS,):
+            raise NotImplementedError(f"weights in blocks with tokens not scaled by {COLUMNS}")
+        return Problem(scheme="fp8_block", m=m, n=n, k=k, group_size=COLUMNS)
     if packed and scales.shape == (1, 1):
         n = codes.shape[0] * ROWS
     group = column_group(group_size, n, k)
@@ -114,7 +129,6 @@ def problem_of(
         raise NotImplementedError("activations with a zero point")
     if input_scale is not None and input_scale.ndim and input_scale.shape[-1] != 1:
         raise NotImplementedError("activations with a scale per group of columns")
-    m = math.prod(x.shape[:-1])
     return Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
 
 
@@ -150,7 +164,7 @@ def quantized_matmul(
         codes,
         scales,
         zeros,
-        None if input_scale is None else _per_token(input_scale, problem.m),
+        None if input_scale is None else _kernel_input_scale(input_scale, problem),
         problem=problem,
         config=config,
         out_dtype=jnp.dtype(out_dtype),
@@ -163,9 +177,12 @@ def _weight_only(problem: Problem) -> bool:
     return tuning.X_BYTES[problem.scheme] == 2
 
 
-def _per_token(input_scale: jax.Array, m: int) -> jax.Array:
-    """float32 `[]` or `[m]`."""
+def _kernel_input_scale(input_scale: jax.Array, problem: Problem) -> jax.Array:
+    """float32 `[]` or `[m]`; `[K/128, m]` for a weight in blocks."""
+    m = problem.m
     input_scale = input_scale.astype(jnp.float32)
+    if problem.scheme == "fp8_block":
+        return input_scale.reshape(m, -1).T
     return input_scale.reshape(() if input_scale.size == 1 and m > 1 else input_scale.size)
 
 
@@ -189,9 +206,12 @@ def _product(
     if codes.dtype == jnp.int32:
         k = -(-k // COLUMNS) * COLUMNS
         x = jnp.pad(x, ((0, 0), (0, k - problem.k)))
+    elif problem.scheme == "fp8_block":
+        scales = scales.astype(jnp.float32)
+        scales = jnp.pad(scales, ((0, 0), (0, -scales.shape[1] % 4)))  # rows of 16 bytes, for TMA
     else:
         scales = scales.reshape(1, -1)
-    if scales.shape != (1, 1):
+    if scales.shape != (1, 1) and problem.scheme != "fp8_block":
         scales = jnp.pad(scales, ((0, 0), (0, n - problem.n)))
     zeros = None if zeros is None else jnp.pad(zeros, ((0, 0), (0, n - problem.n)))
     group_size = problem.group_size
@@ -211,10 +231,11 @@ def _product(
             interpret=interpret,
         )
         return dot(x, weight, jnp.float32)[:, : problem.n].astype(out_dtype)
-    if m > 8 and m % 8:
+    if m % 8 and (m > 8 or problem.scheme == "fp8_block"):
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
         if input_scale is not None and input_scale.ndim:
-            input_scale = jnp.pad(input_scale, (0, -m % 8))
+            padding = [(0, 0)] * (input_scale.ndim - 1) + [(0, -m % 8)]
+            input_scale = jnp.pad(input_scale, padding)
     matmul = decode_matmul if isinstance(config, DecodeConfig) else batch_matmul
     out = matmul(
         x,

@@ -16,11 +16,12 @@ from qllama_kernels.decode_matmul import DecodeConfig
 from qllama_kernels.fragments import COLUMNS, ROWS
 from qllama_kernels.mosaic import SHARED_MEMORY
 
-Scheme = Literal["w4a16", "w8a16", "w8a8", "fp8"]
+# "fp8_block": float8 weights scaled by blocks of 128x128, tokens by 128 columns.
+Scheme = Literal["w4a16", "w8a16", "w8a8", "fp8", "fp8_block"]
 Config = DecodeConfig | BatchConfig
 
-BITS: dict[Scheme, int] = {"w4a16": 4, "w8a16": 8, "w8a8": 8, "fp8": 8}
-X_BYTES: dict[Scheme, int] = {"w4a16": 2, "w8a16": 2, "w8a8": 1, "fp8": 1}
+BITS: dict[Scheme, int] = {"w4a16": 4, "w8a16": 8, "w8a8": 8, "fp8": 8, "fp8_block": 8}
+X_BYTES: dict[Scheme, int] = {"w4a16": 2, "w8a16": 2, "w8a8": 1, "fp8": 1, "fp8_block": 1}
 M_BUCKETS = (8, 16, 32, 64, 128, 256)
 # From this many tokens on, weight-only products dequantize the weight once and leave the rest to
 # the library: dequantizing it again for every 128 tokens costs more than writing it out. Estimated
@@ -50,6 +51,9 @@ def shared_memory(problem: Problem, config: Config) -> int:
     """Bytes of shared memory that a kernel takes, barriers aside."""
     bits, x_bytes = BITS[problem.scheme], X_BYTES[problem.scheme]
     total = config.shared_memory(problem.k, bits=bits, x_bytes=x_bytes)
+    if problem.scheme == "fp8_block":  # scales of the tokens with each stage, of the weight once
+        tokens = config.stages * config.blocks * config.block_m
+        return total + 4 * (tokens + 2 * (problem.k // COLUMNS + 4)) + 2048
     if problem.group_size:  # scales and zeros, of four bytes at most
         groups = config.blocks * COLUMNS // min(problem.group_size, COLUMNS)
         total += config.stages * config.warpgroups * groups * ROWS * 8
@@ -66,7 +70,7 @@ def candidates(problem: Problem) -> list[Config]:
     configs: list[Config] = []
     tiles = -(-problem.n // ROWS)
     block_m = problem.bucket
-    if block_m <= 32:
+    if block_m <= 32 and problem.scheme != "fp8_block":
         for splits in (1, 2, 4, 8):
             for warpgroups, per_sm in ((4, 1), (2, 2)):
                 ctas = min(tiles, per_sm * STREAMING_MULTIPROCESSORS // splits)
@@ -82,8 +86,8 @@ def candidates(problem: Problem) -> list[Config]:
                     wasted = decode.k_slice(problem.k) * splits > 1.15 * problem.k
                     if per_sm * shared_memory(problem, decode) <= SHARED_MEMORY and not wasted:
                         configs.append(decode)
-    # Sums of 256 tokens leave no registers to turn codes into floats.
-    in_memory = X_BYTES[problem.scheme] == 1
+    # Sums of 256 tokens leave no registers to turn codes into floats, or for sums of one block.
+    in_memory = problem.scheme in ("w8a8", "fp8")
     for tile in {min(block_m, 128), block_m if in_memory else 128}:
         if tile > block_m:
             continue
@@ -179,6 +183,8 @@ def xla_is_faster(problem: Problem, device_kind: str = "") -> bool:
     """Whether XLA was measured to beat the best kernel, or the kernel was not measured at all."""
     if problem.scheme == "fp8" and problem.m > M_BUCKETS[-1]:
         return True
+    if problem.scheme == "fp8_block":  # XLA would make floats of the weight first
+        return False
     if X_BYTES[problem.scheme] == 2 or problem.m > M_BUCKETS[-1]:
         return False
     record = table(device_kind).get((problem.scheme, problem.n, problem.k, problem.bucket))
