@@ -20,13 +20,11 @@ from qllama_convert.formats import LinearSpec
 from qllama_convert.hub import resolve
 from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS, read_kv_scales
 from qllama_convert.names import (
-    EMBED_TOKENS,
     LM_HEAD,
-    embedding_shape,
     is_derived,
     layer_path,
     linear_shapes,
-    norm_shapes,
+    module_shapes,
     split_name,
 )
 from qllama_convert.quantization_config import Quantization, parse_quantization
@@ -126,7 +124,7 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
 
     modules = []
     missing = []
-    for path, shape in _modules(config):
+    for path, shape in module_shapes(config).items():
         tensors = by_module.pop(path, {})
         of_cache = SUFFIXES_IN_LINEARS if path.endswith((".k_proj", ".v_proj")) else ()
         tensors = {suffix: info for suffix, info in tensors.items() if suffix not in of_cache}
@@ -155,18 +153,6 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
         ignored=ignored,
         anomalies=(*checkpoint.warnings, *anomalies),
     )
-
-
-def _modules(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Path and weight shape of every module, in the order they run."""
-    linears, norms = linear_shapes(config), norm_shapes(config)
-    yield EMBED_TOKENS, embedding_shape(config)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"{layer_path(layer)}."
-        yield from ((path, shape) for path, shape in norms.items() if path.startswith(prefix))
-        yield from ((path, shape) for path, shape in linears.items() if path.startswith(prefix))
-    yield "model.norm", norms["model.norm"]
-    yield LM_HEAD, linears[LM_HEAD]
 
 
 def _summary(

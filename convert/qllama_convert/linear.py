@@ -83,13 +83,16 @@ def read_linear(
     return LinearWeights(weight, bias)
 
 
-def write_linear(path: str, linear: LinearWeights, format_name: str) -> dict[str, np.ndarray]:
+def write_linear(
+    path: str, linear: LinearWeights, format_name: str | None
+) -> dict[str, np.ndarray]:
     """The tensors of one Linear by their full names; the inverse of `read_linear`.
 
     Args:
         path: of the module.
         linear: what it holds. A float weight is written as it is.
-        format_name: of the quantized weight: "gptq", "fp8" or a format of compressed-tensors.
+        format_name: of the quantized weight: "gptq", "fp8" or a format of compressed-tensors;
+            None for a float weight.
 
     Raises:
         ValueError: a format that is not written, or one that cannot hold this weight.

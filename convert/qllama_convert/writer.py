@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -29,6 +29,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     tensors: Tensors,
     files: Mapping[str, bytes | Path] | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
@@ -42,6 +43,8 @@ def write_checkpoint(
         tensors: name -> array, or (name, array) pairs, which may be made as they are asked for:
             two modules at most are held in memory. Pairs of one module must come together.
         files: what else goes in: file name -> its bytes, or a file to copy (tokenizer, ...).
+        check: called with the folder where all of it has been written, before it gets its name;
+            what it raises is raised, and nothing appears.
         max_shard_bytes: bytes of tensors after which a new shard begins. A module is never split,
             so a shard with one module may be larger.
         overwrite: replace an existing checkpoint.
@@ -66,6 +69,7 @@ def write_checkpoint(
                 _write_file(partial / name, content)
             _write_weights(partial, tensors, max_shard_bytes)
             _flush_folder(partial)
+            check(partial)
             _move_into_place(partial, folder, overwrite=overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

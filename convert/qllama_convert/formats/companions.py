@@ -1,6 +1,7 @@
 """What stands beside the codes: scales, zero points, group indices, input scales."""
 
 import numpy as np
+import numpy.typing as npt
 
 from qllama.quantization.qtensor import QTensor
 from qllama.quantization.scheme import QuantScheme
@@ -110,13 +111,18 @@ def write_static_input(weight: QTensor) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     if weight.input_scale is not None:
         scale = np.asarray(weight.input_scale).reshape(1)
-        with np.errstate(over="ignore"):
-            narrow = scale.astype(weight.scales.dtype)
-        exact = np.array_equal(narrow.astype(np.float32), scale)
-        arrays["input_scale"] = narrow if exact else scale
+        arrays["input_scale"] = narrowed(scale, weight.scales.dtype)
     if weight.input_zero is not None:
         arrays["input_zero_point"] = np.asarray(weight.input_zero).reshape(1)
     return arrays
+
+
+def narrowed(scales: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
+    """The scales in a float type where that changes no value, else as they are."""
+    with np.errstate(over="ignore"):
+        narrow = scales.astype(dtype)
+    exact = np.array_equal(narrow.astype(np.float32), scales.astype(np.float32))
+    return narrow if exact else scales
 
 
 def read_g_idx(
