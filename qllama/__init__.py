@@ -7,9 +7,10 @@ if TYPE_CHECKING:
 
     from qllama.engine.sampling_params import SamplingParams
     from qllama.errors import CheckpointError
+    from qllama.gptq.pipeline import quantize
     from qllama.llm import LLM, generate
 
-__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate", "inspect"]
+__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate", "inspect", "quantize"]
 
 # Resolved when first used, so that `import qllama` costs next to nothing.
 _HOMES = {
@@ -18,6 +19,7 @@ _HOMES = {
     "SamplingParams": "qllama.engine.sampling_params",
     "generate": "qllama.llm",
     "inspect": "qllama_convert.inspection",
+    "quantize": "qllama.gptq.pipeline",
 }
 
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qllama.parallel": {"qllama.model"},
     "qllama_convert": {"qllama.parallel"},
     "qllama.engine": {"qllama.parallel"},
-    "qllama.gptq": {"qllama_convert", "qllama.progress", "qllama.tokenizer"},
+    "qllama.gptq": {"qllama_convert", "qllama.device", "qllama.progress", "qllama.tokenizer"},
     "qllama.demo": set(),
     "qllama.device": {"qllama.config"},
     "qllama.progress": {"qllama.errors"},

@@ -68,7 +68,7 @@ def write_checkpoint(
             for name, content in files.items():
                 _write_file(partial / name, content)
             _write_weights(partial, tensors, max_shard_bytes)
-            _flush_folder(partial)
+            flush_folder(partial)
             check(partial)
             _move_into_place(partial, folder, overwrite=overwrite)
         finally:
@@ -201,10 +201,10 @@ def _move_into_place(partial: Path, folder: Path, *, overwrite: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         partial.rename(folder)
-    _flush_folder(folder.parent)
+    flush_folder(folder.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, as fsync does for a file's data.
 
     Some network file systems cannot, and need not: they are asked, not required to.

@@ -113,10 +113,16 @@ class Quantizing(Replaying):
         input_scale = None
         if static:
             assert observer is not None
+            assert observer.absmax is not None
             input_scale = fp8_scale(observer.absmax)
         self._quantize(paths, weights, recipe, observer, input_scale, begin)
         self.seconds += time.perf_counter() - begin
         return [self.linear(path) for path in paths]
+
+    def without_data(self) -> None:
+        """Decide on all Linears, none of which needs to be shown its input."""
+        for path in self.place.paths:
+            self.linears([path.removeprefix(self.place.prefix)], lambda observer: None)
 
     def kv_scales(
         self, observe: Callable[[], tuple[jax.Array, jax.Array]]
@@ -191,4 +197,3 @@ def _check_finite(paths: Sequence[str], observer: InputObserver) -> None:
             "are NaN or infinite; the checkpoint is damaged, or an earlier layer overflows its "
             "dtype"
         )
-

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qllama.gptq.linear import GPTQReport, GPTQResult
-from qllama.quantization.qtensor import QTensor
+from qllama.quantization.qtensor import Array, QTensor
 from qllama.quantization.rtn import quantize_rtn
 from qllama.quantization.scheme import QuantScheme
 
@@ -16,7 +16,7 @@ def quantize_nearest(
     weights: Sequence[np.ndarray],
     scheme: QuantScheme,
     *,
-    input_scale: np.ndarray | float | None = None,
+    input_scale: Array | float | None = None,
 ) -> list[GPTQResult]:
     """Each weight `[N_i, K]` rounded by `quantize_rtn`, with a report that has no tokens in it.
 

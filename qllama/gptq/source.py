@@ -1,19 +1,29 @@
 """The float model that is quantized: what of it is read, when, and how it is known again."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from qllama_convert.checkpoint import Checkpoint
+from qllama_convert.files import first_few
 from qllama_convert.linear import LinearWeights
 from qllama_convert.loader import read_model_linear
-from qllama_convert.module_tensors import ModuleTensors
-from qllama_convert.names import LM_HEAD, layer_path, linear_shapes, norm_shapes
+from qllama_convert.module_tensors import FLOATS, ModuleTensors
+from qllama_convert.names import (
+    LM_HEAD,
+    has_bias,
+    is_derived,
+    layer_path,
+    linear_shapes,
+    module_shapes,
+    norm_shapes,
+)
 
 from qllama.config import LlamaConfig
+from qllama.errors import CheckpointError
 
 _SAMPLES = 64  # pieces of a weight file that are hashed
 _SAMPLE_BYTES = 1 << 16
@@ -41,7 +51,7 @@ class UnitWeights:
     norms: Mapping[str, np.ndarray]
 
 
-def units(config: LlamaConfig, quantized: Sequence[str]) -> list[Unit]:
+def units(config: LlamaConfig, quantized: Collection[str]) -> list[Unit]:
     """All decoder layers; and the head, if it is one of the `quantized` Linears."""
     shapes = linear_shapes(config)
     found = []
@@ -54,8 +64,40 @@ def units(config: LlamaConfig, quantized: Sequence[str]) -> list[Unit]:
     return found
 
 
+def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
+    """See from the headers alone that the float model is all there, and nothing else.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape or dtype, or belongs to no module.
+    """
+    shapes = dict(module_shapes(config))
+    if config.tie_word_embeddings and f"{LM_HEAD}.weight" not in checkpoint.tensors:
+        del shapes[LM_HEAD]
+    strange = set(checkpoint.tensors)
+    for path, shape in shapes.items():
+        suffixes = ["weight", "bias"] if has_bias(config, path) else ["weight"]
+        for suffix in suffixes:
+            name = f"{path}.{suffix}"
+            strange.discard(name)
+            if name not in checkpoint.tensors:
+                raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing")
+            info = checkpoint.tensors[name]
+            expected = shape if suffix == "weight" else shape[:1]
+            if info.shape != expected or info.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{checkpoint.folder / info.file}: tensor {name} is {info.dtype} "
+                    f"{list(info.shape)}; expected one of {', '.join(FLOATS)} {list(expected)}"
+                )
+    strange = {name for name in strange if not is_derived(name)}
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(strange)} tensors belong to no module of this Llama as its "
+            f"config.json describes it: {first_few(strange)}"
+        )
+
+
 def read_unit(checkpoint: Checkpoint, config: LlamaConfig, unit: Unit) -> UnitWeights:
-    """Read the weights of a unit into memory.
+    """The weights of a unit, views on their files.
 
     Raises:
         CheckpointError: a tensor is missing, of the wrong dtype or shape.
@@ -63,38 +105,39 @@ def read_unit(checkpoint: Checkpoint, config: LlamaConfig, unit: Unit) -> UnitWe
     norms = ["model.norm"]
     if unit.layer is not None:
         norms = [path for path in norm_shapes(config) if path.startswith(unit.prefix)]
-    linears = {path: read_model_linear(checkpoint, config, None, path) for path in unit.paths}
+    shape = (config.hidden_size,)
     return UnitWeights(
-        # Copies: a view would be read from the disk only when it is needed.
-        linears={
-            path: LinearWeights(
-                np.array(linear.weight), None if linear.bias is None else np.array(linear.bias)
-            )
-            for path, linear in linears.items()
+        linears={path: read_model_linear(checkpoint, config, None, path) for path in unit.paths},
+        norms={
+            path: ModuleTensors(checkpoint, path).read_floats("weight", shape) for path in norms
         },
-        norms={path: np.array(read_norm(checkpoint, config, path)) for path in norms},
     )
 
 
-def read_norm(checkpoint: Checkpoint, config: LlamaConfig, path: str) -> np.ndarray:
-    """The weight `[D]` of a norm, a view on its file."""
-    return ModuleTensors(checkpoint, path).read_floats("weight", (config.hidden_size,))
-
-
 def read_ahead(
-    checkpoint: Checkpoint, config: LlamaConfig, wanted: Sequence[Unit]
-) -> Iterator[UnitWeights]:
-    """The weights of each unit in turn, the next one being read meanwhile."""
+    checkpoint: Checkpoint, config: LlamaConfig, wanted: Sequence[Unit], finished: int
+) -> Iterator[tuple[Unit, UnitWeights]]:
+    """The units and their weights in turn, the next ones being read into memory meanwhile. Those of
+    the first `finished` units, of which little is needed, stay where they are."""
+
+    def read(unit: Unit) -> UnitWeights:
+        weights = read_unit(checkpoint, config, unit)
+        if unit.number < finished:
+            return weights
+        linears = {
+            path: LinearWeights(np.array(linear.weight), linear.bias)
+            for path, linear in weights.linears.items()
+        }
+        return UnitWeights(linears, weights.norms)
+
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        coming = None
-        for i in range(len(wanted)):
-            current = coming or pool.submit(read_unit, checkpoint, config, wanted[i])
-            coming = None
-            weights = current.result()
-            if i + 1 < len(wanted):
-                coming = pool.submit(read_unit, checkpoint, config, wanted[i + 1])
-            del current
-            yield weights
+        coming = pool.submit(read, wanted[0])
+        for unit, following in zip(wanted, [*wanted[1:], None], strict=True):
+            weights = coming.result()
+            if following is not None:
+                coming = pool.submit(read, following)
+            yield unit, weights
+            del weights
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
