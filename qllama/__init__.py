@@ -7,17 +7,29 @@ if TYPE_CHECKING:
 
     from qllama.engine.sampling_params import SamplingParams
     from qllama.errors import CheckpointError
+    from qllama.evaluate.compare import compare
+    from qllama.evaluate.perplexity import perplexity
     from qllama.llm import LLM, generate
 
-__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate", "inspect"]
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "SamplingParams",
+    "compare",
+    "generate",
+    "inspect",
+    "perplexity",
+]
 
 # Resolved when first used, so that `import qllama` costs next to nothing.
 _HOMES = {
     "LLM": "qllama.llm",
     "CheckpointError": "qllama.errors",
     "SamplingParams": "qllama.engine.sampling_params",
+    "compare": "qllama.evaluate.compare",
     "generate": "qllama.llm",
     "inspect": "qllama_convert.inspection",
+    "perplexity": "qllama.evaluate.perplexity",
 }
 
 
