@@ -7,18 +7,31 @@ if TYPE_CHECKING:
 
     from qllama.engine.sampling_params import SamplingParams
     from qllama.errors import CheckpointError
+    from qllama.evaluate.compare import compare
+    from qllama.evaluate.perplexity import perplexity
     from qllama.gptq.pipeline import quantize
     from qllama.llm import LLM, generate
 
-__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate", "inspect", "quantize"]
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "SamplingParams",
+    "compare",
+    "generate",
+    "inspect",
+    "perplexity",
+    "quantize",
+]
 
 # Resolved when first used, so that `import qllama` costs next to nothing.
 _HOMES = {
     "LLM": "qllama.llm",
     "CheckpointError": "qllama.errors",
     "SamplingParams": "qllama.engine.sampling_params",
+    "compare": "qllama.evaluate.compare",
     "generate": "qllama.llm",
     "inspect": "qllama_convert.inspection",
+    "perplexity": "qllama.evaluate.perplexity",
     "quantize": "qllama.gptq.pipeline",
 }
 

@@ -92,7 +92,11 @@ def list_dataset(name: str, revision: str | None = None) -> list[str]:
             ) from error
         try:
             copy = snapshot_download(
-                name, repo_type="dataset", revision=revision, local_files_only=True
+                name,
+                repo_type="dataset",
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=[""],  # else it would miss those that were never asked for
             )
         except Exception as missing:
             missing.__cause__ = error

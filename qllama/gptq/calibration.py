@@ -50,6 +50,20 @@ class CalibrationData:
         return digest.hexdigest()
 
 
+def shortage(tokens: int, features: int) -> str | None:
+    """A sentence that says how many tokens a Linear of `features` inputs wants, if it gets fewer.
+
+    The thresholds are those of `default_dampening_frac` and `examine`.
+    """
+    if tokens >= 4 * features:
+        return None
+    then = "such Linears are rounded to nearest" if tokens < features / 8 else "the more is damped"
+    return (
+        f"{tokens} calibration tokens are few for {features} input features: {then}; "
+        f"{4 * features} or more are enough"
+    )
+
+
 def load_calibration(
     dataset: str | Path | Sequence[Any] | np.ndarray | None,
     tokenizer: Any | None,

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal
 
 from qllama_convert.names import EMBED_TOKENS, LM_HEAD
@@ -136,7 +137,7 @@ def make_recipe(
 
 _DEFAULTS = {
     name: parameter.default for name, parameter in inspect.signature(make_recipe).parameters.items()
-}
+} | {"dampening_reference": "mean", "refit": False}
 
 
 def resolve_recipe(
@@ -227,9 +228,8 @@ def _unused(settings: Settings, linears: Sequence[LinearRecipe]) -> Iterator[str
         data = ("dataset", "num_calibration_samples", "max_seq_length")
         why |= dict.fromkeys(data, f"{schemes} needs no calibration here")
     for name, reason in why.items():
-        value = settings.get(name, _DEFAULTS.get(name))
-        if value is not None and value is not False and value != _DEFAULTS.get(name):
-            yield f"{name}={value if name == 'dataset' else repr(value)} is not used: {reason}"
+        if name in settings and settings[name] != _DEFAULTS[name]:
+            yield f"{name}={shown(settings[name])} is not used: {reason}"
 
 
 def _scheme_names(settings: Settings) -> list[str]:

@@ -68,8 +68,17 @@ def _packaged() -> Any:
 def _parse(content: bytes, name: str) -> Mapping[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            mapping = super().construct_mapping(node, deep)
+            keys = [self.construct_object(key, deep) for key, _ in node.value]
+            for key in mapping:
+                if keys.count(key) > 1:
+                    raise ValueError(f"{key} stands there twice")
+            return mapping
+
     try:
-        values = yaml.safe_load(content)
+        values = yaml.load(content, Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: is no YAML that can be read ({reason})") from error
