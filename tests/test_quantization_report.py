@@ -9,6 +9,7 @@ from qllama.gptq.linear import GPTQReport
 from qllama.gptq.report import (
     CalibrationReport,
     LinearReport,
+    ModuleSize,
     QuantizationReport,
     ScaleHistogram,
     Seconds,
@@ -52,8 +53,12 @@ def a_report(*, loss: float = 0.25) -> QuantizationReport:
         seconds=Seconds(forward=1.0) + Seconds(forward=1.0, io=0.5),
         peak_host_bytes=1,
         peak_device_bytes=None,
-        bytes_before=2,
-        bytes_after=1,
+        sizes=(
+            ModuleSize(
+                module="mlp.down_proj", scheme="W4A16", count=1, bytes_before=4, bytes_after=1
+            ),
+            ModuleSize(module="model.norm", scheme="bf16", count=1, bytes_before=2, bytes_after=2),
+        ),
         linears=(linear,),
         notes=("a note",),
     )
@@ -65,6 +70,7 @@ def test_report_survives_json() -> None:
     written = json.loads(report.to_json())
     assert written["seconds"] == {"forward": 2.0, "hessian": 0.0, "solve": 0.0, "io": 0.5}
     assert written["linears"][0]["figures"]["loss_ratio"] == 0.5
+    assert (report.bytes_before, report.bytes_after) == (6, 3)
     assert report.linears[0].module == "mlp.down_proj"
 
 

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-from qllama.cli import chat, compare, doctor, generate, inspect, perplexity
+from qllama.cli import chat, compare, doctor, generate, inspect, perplexity, quantize
 from qllama.cli.messages import complain, show_messages
 
 VERBS = {
     "generate": generate,
     "chat": chat,
     "inspect": inspect,
+    "quantize": quantize,
     "perplexity": perplexity,
     "compare": compare,
     "doctor": doctor,

@@ -169,34 +169,29 @@ def open_journal(output: Path, run: Mapping[str, Any], *, resume: bool) -> Journ
 
 
 def _lock(folder: Path) -> int:
+    """An open file of the folder, locked until it is closed."""
     import fcntl  # not on Windows
 
-    while True:
-        try:
+    try:
+        while True:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # removed by a run that has just ended
-            continue
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot write {folder}: {error.strerror or error}"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise
             if os.fstat(lock).st_nlink:
                 return lock
-        except BlockingIOError:
-            os.close(lock)
-            raise ValueError(
-                f"{folder} is in use: another process is making the same output; wait for it, or "
-                "choose another output"
-            ) from None
-        except OSError as error:
-            os.close(lock)
-            raise OSError(
-                error.errno, f"cannot lock {folder}: {error.strerror or error}"
-            ) from error
-        os.close(lock)
+            os.close(lock)  # a run that has just ended removed it
+    except BlockingIOError:
+        raise ValueError(
+            f"{folder} is in use: another process is making the same output; wait for it, or "
+            "choose another output"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"cannot write {folder}: {reason}") from error
 
 
 def _entries(folder: Path, run: Mapping[str, Any]) -> list[Entry]:

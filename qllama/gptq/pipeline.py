@@ -335,7 +335,6 @@ def _export(task: Task, data: CalibrationData | None, journal: Journal) -> Quant
 def _report(
     task: Task, data: CalibrationData | None, entries: Sequence[Entry], notes: Sequence[str]
 ) -> QuantizationReport:
-    sizes = plan_sizes(task.checkpoint, task.linears, task.format)
     statistics = jax.devices()[0].memory_stats() or {}
     schemes = [linear.scheme.describe() for linear in task.linears.values()]
     return QuantizationReport(
@@ -355,8 +354,7 @@ def _report(
         seconds=sum((entry.seconds for entry in entries), Seconds()),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_bytes=statistics.get("peak_bytes_in_use"),
-        bytes_before=sizes.bytes_before,
-        bytes_after=sizes.bytes_after,
+        sizes=plan_sizes(task.checkpoint, task.linears, task.format),
         linears=tuple(report for entry in entries for report in entry.linears),
         notes=(*task.recipe.unused, *notes),
     )  # fmt: skip

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from qllama_convert.names import linear_shapes, split_name
 from qllama.config import LlamaConfig
 from qllama.device import free_memory
 from qllama.gptq.recipe import LinearRecipe
+from qllama.gptq.report import ModuleSize
 from qllama.gptq.walk import Placement
 from qllama.quantization.scheme import QuantScheme
 
@@ -21,34 +21,10 @@ _EFFICIENCY = 0.5
 _PANELS = 0.6  # of the multiplications for a Hessian, those that its symmetry leaves
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModuleSize:
-    """All modules of one type, such as "mlp.down_proj" of every layer."""
-
-    module: str
-    scheme: str  # "bfloat16" and the like where it is not quantized; several are joined by commas
-    count: int
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sizes by type of module; totals are those of the tensors, without file headers."""
-
-    modules: tuple[ModuleSize, ...]
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(module.bytes_before for module in self.modules)
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(module.bytes_after for module in self.modules)
-
-
-def plan_sizes(checkpoint: Checkpoint, linears: Mapping[str, LinearRecipe], format: str) -> Plan:
-    """What every type of module takes before and after.
+def plan_sizes(
+    checkpoint: Checkpoint, linears: Mapping[str, LinearRecipe], format: str
+) -> tuple[ModuleSize, ...]:
+    """What every type of module takes before and after, tensors without file headers.
 
     Args:
         checkpoint: the float model.
@@ -58,24 +34,22 @@ def plan_sizes(checkpoint: Checkpoint, linears: Mapping[str, LinearRecipe], form
     kinds: dict[str, list[tuple[str, int, int]]] = {}
     for name, info in checkpoint.tensors.items():
         path, suffix = split_name(name)
-        scheme, after = info.dtype.lower().replace("bf16", "bfloat16"), info.nbytes
+        scheme, after = info.dtype.lower(), info.nbytes
         if path in linears and suffix == "weight":
             quantized, n, k = linears[path].scheme, *info.shape
             scheme = quantized.describe()
             if format != "bf16":
                 after = stored_bytes(quantized, (n, k), info.nbytes // (n * k))
         kinds.setdefault(_kind(path), []).append((scheme, info.nbytes, after))
-    return Plan(
-        modules=tuple(
-            ModuleSize(
-                module=kind,
-                scheme=", ".join(dict.fromkeys(scheme for scheme, _, _ in members)),
-                count=len(members),
-                bytes_before=sum(before for _, before, _ in members),
-                bytes_after=sum(after for _, _, after in members),
-            )
-            for kind, members in kinds.items()
+    return tuple(
+        ModuleSize(
+            module=kind,
+            scheme=", ".join(dict.fromkeys(scheme for scheme, _, _ in members)),
+            count=len(members),
+            bytes_before=sum(before for _, before, _ in members),
+            bytes_after=sum(after for _, _, after in members),
         )
+        for kind, members in kinds.items()
     )
 
 
@@ -128,7 +102,7 @@ def _speed(dtype: jnp.dtype) -> float:
 
 def tokens_per_batch() -> int:
     """Enough for the device to be busy, few enough for what is between Linears to be in memory."""
-    return 16384 if jax.default_backend() == "gpu" else 2048
+    return 16384 if jax.default_backend() == "gpu" else 1024
 
 
 def place(config: LlamaConfig, tokens: int, dtype: jnp.dtype) -> Placement:

@@ -59,6 +59,17 @@ class LinearReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleSize:
+    """All modules of one type, such as "mlp.down_proj" of every layer."""
+
+    module: str
+    scheme: str  # "bf16" and the like where it is not quantized; several are joined by commas
+    count: int  # tensors
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationReport:
     """The texts that were used."""
 
@@ -101,10 +112,19 @@ class QuantizationReport:
     seconds: Seconds
     peak_host_bytes: int
     peak_device_bytes: int | None  # None where the device does not tell, such as a CPU
-    bytes_before: int  # of the weight files
-    bytes_after: int
+    sizes: tuple[ModuleSize, ...]  # of all tensors
     linears: tuple[LinearReport, ...]
     notes: tuple[str, ...] = field(default=())  # about the run as a whole, in sentences
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all tensors, as they were."""
+        return sum(size.bytes_before for size in self.sizes)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all tensors, as they are in the output."""
+        return sum(size.bytes_after for size in self.sizes)
 
     def to_json(self) -> str:
         """JSON text. An infinite figure is written as null."""
@@ -138,6 +158,7 @@ class QuantizationReport:
             return cls(
                 calibration=None if calibration is None else CalibrationReport(**calibration),
                 seconds=Seconds(**value.pop("seconds")),
+                sizes=tuple(ModuleSize(**size) for size in value.pop("sizes")),
                 linears=tuple(linear_from_json(linear) for linear in value.pop("linears")),
                 notes=tuple(value.pop("notes")),
                 **value,
