@@ -4,20 +4,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
-from typing import Any
 
-import numpy as np
 import pytest
+from sample_reports import linear, report
 
 from qllama.gptq.charts import bar_chart, line_chart, stacked_bar
-from qllama.gptq.linear import GPTQReport
-from qllama.gptq.report import (
-    CalibrationReport,
-    LinearReport,
-    QuantizationReport,
-    ScaleHistogram,
-    Seconds,
-)
+from qllama.gptq.report import ScaleHistogram, Seconds
 from qllama.gptq.report_page import report_page
 
 VOID = {"meta"}  # which have no end tag
@@ -60,54 +52,6 @@ class Page(HTMLParser):
 
     def of_class(self, name: str) -> list[dict[str, str | None]]:
         return [attributes for _, attributes in self.tags if attributes.get("class") == name]
-
-
-def linear(layer: int, module: str, loss: float = 1.0, **others: Any) -> LinearReport:
-    figures = GPTQReport(
-        shape=(64, 128),
-        tokens=4096,
-        dropped_tokens=0,
-        dead_columns=0,
-        diag_ratio=10.0,
-        dampening_frac=0.01,
-        damping=0.1,
-        rung="fp32",
-        loss=loss,
-        rtn_loss=4.0,
-        output_energy=1000.0,
-        clipped=0.01,
-        notes=(),
-    )
-    figures = replace(figures, **{k: v for k, v in others.items() if hasattr(figures, k)})
-    return LinearReport(
-        path=f"model.layers.{layer}.{module}",
-        layer=layer,
-        scheme="W4A16",
-        algorithm=others.get("algorithm", "gptq"),
-        figures=figures,
-        seconds=0.5,
-        scales=ScaleHistogram.of(np.array([0.001, 0.002, 0.002])),
-    )
-
-
-def report(*linears: LinearReport, **others: Any) -> QuantizationReport:
-    made = QuantizationReport(
-        model="Owner/Llama & <Co>",
-        output="out",
-        scheme="W4A16",
-        format="compressed-tensors",
-        recipe={"ignore": ["lm_head"], "default": {"scheme": {"bits": 4}, "none": None}},
-        calibration=CalibrationReport(source="a.txt", sequences=8, tokens=4096, digest="f00d"),
-        versions={"qllama": "1.2.3"},
-        device="TPU <1>",
-        seconds=Seconds(forward=60.0, hessian=30.0, solve=20.0, io=10.0),
-        peak_host_bytes=2_000_000_000,
-        peak_device_bytes=None,
-        bytes_before=270_000_000,
-        bytes_after=108_000_000,
-        linears=linears,
-    )
-    return replace(made, **others)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +105,11 @@ def test_scales_are_counted(full: Page) -> None:
     assert full.texts.count("2⁻⁹ to 2⁻⁸: 6") == 2
 
 
+def test_sizes(full: Page) -> None:
+    at = full.texts.index("mlp.up_proj")
+    assert full.texts[at : at + 4] == ["mlp.up_proj", "W4A16", "262 MB", "100 MB"]
+
+
 def test_what_stands_out_is_told() -> None:
     linears = [
         linear(0, "mlp.up_proj", loss=3.9),
@@ -191,7 +140,9 @@ def test_a_run_without_calibration() -> None:
 
 def test_figures_that_are_not_numbers() -> None:
     exact = linear(0, "mlp.up_proj", loss=0.0, rtn_loss=0.0)
-    page = Page(report_page(report(exact, replace(exact, scales=ScaleHistogram(first=0, counts=())))))
+    page = Page(
+        report_page(report(exact, replace(exact, scales=ScaleHistogram(first=0, counts=()))))
+    )
     assert "exact" in page.texts
     empty = Page(report_page(report(seconds=Seconds())))
     assert "All 0 Linears" in empty.texts

@@ -43,12 +43,14 @@ from qllama.gptq.recipe import (
     resolve_recipe,
 )
 from qllama.gptq.report import CalibrationReport, QuantizationReport, Seconds
+from qllama.gptq.report_page import report_page
 from qllama.gptq.source import Unit, check_tensors, fingerprint, read_ahead, units
 from qllama.gptq.walk import Walk
 from qllama.quantization.scheme import QuantScheme
 from qllama.tokenizer import load_tokenizer
 
 REPORT_FILE = "quantization_report.json"
+PAGE_FILE = "quantization_report.html"
 
 
 def quantize(
@@ -322,7 +324,10 @@ def _export(task: Task, data: CalibrationData | None, journal: Journal) -> Quant
         to=task.format,
         norms=norms,
         kv_scales=kv_scales,
-        files={REPORT_FILE: report.to_json().encode()},
+        files={
+            REPORT_FILE: report.to_json().encode(),
+            PAGE_FILE: report_page(report).encode(),
+        },
         damp_percent=task.recipe.default.options.dampening_frac,
         overwrite=task.overwrite,
     )

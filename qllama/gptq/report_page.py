@@ -9,6 +9,17 @@ from typing import Any
 
 from qllama.gptq.charts import bar_chart, line_chart, stacked_bar
 from qllama.gptq.report import LinearReport, QuantizationReport
+from qllama.gptq.report_words import (
+    by_module,
+    duration_text,
+    last_part,
+    model_name,
+    place_of,
+    plain_text,
+    power_of_two,
+    size_text,
+    warnings_of,
+)
 
 _WORST = 8  # Linears that are listed before one asks for all
 _PHASES = {
@@ -27,15 +38,16 @@ def report_page(report: QuantizationReport, comparison: Mapping[str, Any] | None
         comparison: the fields of the `ComparisonResult` of the original and what was made of it,
             if they have been compared.
     """
-    title = f"{_name(report)}: {report.scheme}"
+    title = f"{model_name(report)}: {report.scheme}"
     sections = [
         _head(report),
         _tiles(_comparison_tiles(comparison) + _summary_tiles(report)),
-        _notes([*report.notes, *_warnings(report.linears)]),
+        _notes([*report.notes, *warnings_of(report.linears)]),
         _errors(report.linears),
         _signal(report.linears),
         _worst(report.linears),
         _histograms(report.linears),
+        _sizes(report),
         _cost(report),
         _facts(report, comparison),
         _everything(report.linears),
@@ -58,10 +70,10 @@ def _head(report: QuantizationReport) -> str:
     source = "without calibration data"
     if data is not None:
         source = (
-            f"with {data.tokens:,} tokens of {_last(data.source)}, {data.sequences:,} sequences"
+            f"with {data.tokens:,} tokens of {last_part(data.source)}, {data.sequences:,} sequences"
         )
     return (
-        f"<h1>{escape(_name(report))}</h1>\n<p>Quantized to <b>{escape(report.scheme)}</b> "
+        f"<h1>{escape(model_name(report))}</h1>\n<p>Quantized to <b>{escape(report.scheme)}</b> "
         f"({escape(report.format)}) {escape(source)}, on {escape(report.device)}.</p>"
     )
 
@@ -69,7 +81,11 @@ def _head(report: QuantizationReport) -> str:
 def _summary_tiles(report: QuantizationReport) -> list[tuple[str, str, str]]:
     before, after = report.bytes_before, report.bytes_after
     tiles = [
-        ("Size", _bytes(after), f"of {_bytes(before)}, {before / max(after, 1):.2f} times smaller")
+        (
+            "Size",
+            size_text(after),
+            f"of {size_text(before)}, {before / max(after, 1):.2f} times smaller",
+        )
     ]
     solved = [r.figures.loss_ratio for r in report.linears if r.algorithm == "gptq"]
     solved = [ratio for ratio in solved if ratio > 0]
@@ -80,12 +96,12 @@ def _summary_tiles(report: QuantizationReport) -> list[tuple[str, str, str]]:
     if decibels:
         lowest = f"median; the lowest is {min(decibels):.1f} dB"
         tiles.append(("Signal to noise", f"{median(decibels):.1f} dB", lowest))
-    tiles.append(("Time", _duration(report.seconds.total), f"{len(report.linears)} Linears"))
+    tiles.append(("Time", duration_text(report.seconds.total), f"{len(report.linears)} Linears"))
     if report.peak_device_bytes is not None:
-        host = f"of the device; host {_bytes(report.peak_host_bytes)}"
-        tiles.append(("Peak memory", _bytes(report.peak_device_bytes), host))
+        host = f"of the device; host {size_text(report.peak_host_bytes)}"
+        tiles.append(("Peak memory", size_text(report.peak_device_bytes), host))
     else:
-        tiles.append(("Peak memory", _bytes(report.peak_host_bytes), "of the process"))
+        tiles.append(("Peak memory", size_text(report.peak_host_bytes), "of the process"))
     return tiles
 
 
@@ -130,14 +146,14 @@ def _errors(linears: Sequence[LinearReport]) -> str:
             module,
             line_chart(
                 [100 * r.figures.loss_ratio for r in members],
-                [_place(r) for r in members],
+                [place_of(r) for r in members],
                 low=0,
                 high=high,
                 unit="%",
                 reference=100,
             ),
         )
-        for module, members in _by_module(solved).items()
+        for module, members in by_module(solved).items()
     ]
     return _section(
         "Error against rounding to nearest",
@@ -157,13 +173,13 @@ def _signal(linears: Sequence[LinearReport]) -> str:
             module,
             line_chart(
                 [r.figures.sqnr_db for r in members],
-                [_place(r) for r in members],
+                [place_of(r) for r in members],
                 low=low,
                 high=high,
                 unit=" dB",
             ),
         )
-        for module, members in _by_module(linears).items()
+        for module, members in by_module(linears).items()
     ]
     return _section(
         "Signal to quantization noise",
@@ -187,9 +203,9 @@ def _histograms(linears: Sequence[LinearReport]) -> str:
         return ""
     first = min(scales.first for scales in found)
     last = max(scales.first + len(scales.counts) for scales in found)
-    edges = [_power_of_two(i) for i in range(first, last + 1)]
+    edges = [power_of_two(i) for i in range(first, last + 1)]
     panels = []
-    for module, members in _by_module(linears).items():
+    for module, members in by_module(linears).items():
         counts = [0] * (last - first)
         for scales in (linear.scales for linear in members):
             for i, count in enumerate(scales.counts, start=scales.first - first):
@@ -203,16 +219,27 @@ def _histograms(linears: Sequence[LinearReport]) -> str:
     )
 
 
+def _sizes(report: QuantizationReport) -> str:
+    head = '<th>modules</th><th>stored as</th><th class="n">before</th><th class="n">after</th>'
+    rows = "".join(
+        f'<tr><td>{escape(size.module)}</td><td class="scheme">{escape(size.scheme)}</td>'
+        f'<td class="n">{size_text(size.bytes_before)}</td>'
+        f'<td class="n">{size_text(size.bytes_after)}</td></tr>'
+        for size in sorted(report.sizes, key=lambda size: -size.bytes_after)
+    )
+    return f'<h2>Sizes</h2>\n<div class="table"><table><tr>{head}</tr>{rows}</table></div>'
+
+
 def _cost(report: QuantizationReport) -> str:
     phases = [(what, getattr(report.seconds, name)) for name, what in _PHASES.items()]
     legend = "".join(
         f'<li><svg viewBox="0 0 1 1"><rect class="part{i}" width="1" height="1"/></svg>'
-        f"{escape(what)}: {_duration(seconds)}</li>"
+        f"{escape(what)}: {duration_text(seconds)}</li>"
         for i, (what, seconds) in enumerate(phases)
     )
-    memory = f"host {_bytes(report.peak_host_bytes)}"
+    memory = f"host {size_text(report.peak_host_bytes)}"
     if report.peak_device_bytes is not None:
-        memory += f", device {_bytes(report.peak_device_bytes)}"
+        memory += f", device {size_text(report.peak_device_bytes)}"
     return (
         f"<h2>Time and memory</h2>\n<div class='panel stack'>{stacked_bar(phases)}"
         f'<ul class="legend">{legend}</ul></div>\n'
@@ -225,7 +252,7 @@ def _facts(report: QuantizationReport, comparison: Mapping[str, Any] | None) -> 
     if report.calibration is not None:
         rows.append(("Calibration", f"{report.calibration.source}"))
         rows.append(("Digest of its tokens", report.calibration.digest))
-    rows += [(f"Recipe: {key}", _plain(value)) for key, value in report.recipe.items()]
+    rows += [(f"Recipe: {key}", plain_text(value)) for key, value in report.recipe.items()]
     if comparison is not None:
         rows.append(("Compared on", comparison["protocol"]))
     rows.append(("Versions", ", ".join(f"{k} {v}" for k, v in report.versions.items())))
@@ -277,77 +304,3 @@ def _table(linears: Sequence[LinearReport]) -> str:
         cells = "".join(f'<td class="n">{escape(number)}</td>' for number in numbers)
         rows.append(f"<tr>{names}{cells}</tr>")
     return f'<div class="table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _warnings(linears: Sequence[LinearReport]) -> list[str]:
-    """What stands out among the Linears, and their own notes, each once."""
-    solved = [linear for linear in linears if linear.algorithm == "gptq"]
-    found: dict[str, list[str]] = {}
-    for linear in solved:
-        f = linear.figures
-        problems = {
-            "the error is more than 90 % of rounding to nearest": f.loss_ratio > 0.9,
-            "the error is more than 5 % of the output": f.relative_error > 0.05,
-            "fewer than 4 calibration tokens per input feature": 0 < f.tokens < 4 * f.shape[1],
-            "a few channels are 10,000 times the median": f.diag_ratio > 1e4,
-        }
-        for problem, present in problems.items():
-            if present:
-                found.setdefault(problem, []).append(linear.path)
-    for linear in linears:
-        for note in linear.figures.notes:
-            found.setdefault(note, []).append(linear.path)
-    return [f"{problem}: {_some(paths)}" for problem, paths in found.items()]
-
-
-def _some(paths: Sequence[str]) -> str:
-    short = [path.removeprefix("model.layers.") for path in paths]
-    more = f" and {len(short) - 3} more" if len(short) > 3 else ""
-    return ", ".join(short[:3]) + more
-
-
-def _by_module(linears: Sequence[LinearReport]) -> dict[str, list[LinearReport]]:
-    """The Linears of every kind, by layer."""
-    groups: dict[str, list[LinearReport]] = {}
-    for linear in linears:
-        groups.setdefault(linear.module, []).append(linear)
-    return groups
-
-
-def _place(linear: LinearReport) -> str:
-    return linear.path if linear.layer is None else f"layer {linear.layer}"
-
-
-def _name(report: QuantizationReport) -> str:
-    return _last(report.model) or report.model
-
-
-def _last(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
-
-
-def _power_of_two(exponent: int) -> str:
-    return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items() if v is not None)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value)) or "none"
-    return "none" if value is None else str(value)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
