@@ -53,8 +53,9 @@ class Lines(Display):
 
     def unit(self, name: str, reports: Sequence[LinearReport]) -> None:
         super().unit(name, reports)
-        loss = sum(report.figures.loss for report in reports)
-        rtn = sum(report.figures.rtn_loss for report in reports)
+        measured = [report.figures for report in reports if report.figures.tokens]
+        loss = sum(figures.loss for figures in measured)
+        rtn = sum(figures.rtn_loss for figures in measured)
         ratio = f"{100 * loss / rtn:.1f}% of RTN's loss, " if rtn > 0 else ""
         seconds = sum(report.seconds for report in reports)
         _write(f"{name}: {ratio}solved in {seconds:.1f} s; {self.status()}")
