@@ -284,9 +284,9 @@ def _panel(title: str, chart: str) -> str:
 
 
 def _table(linears: Sequence[LinearReport]) -> str:
-    titles = ("Linear", "scheme", "error", "of RTN's", "SQNR", "damping", "rung", "clipped", "s")
-    head = f"<th>{titles[0]}</th><th>{titles[1]}</th>"
-    head += "".join(f'<th class="n">{name}</th>' for name in titles[2:])
+    titles = ("error", "of RTN's", "SQNR", "damping", "rung", "clipped", "s")
+    numbers_head = "".join(f'<th class="n">{title}</th>' for title in titles)
+    head = f"<th>Linear</th>{numbers_head}<th>scheme</th>"
     rows = []
     for linear in linears:
         f = linear.figures
@@ -300,7 +300,7 @@ def _table(linears: Sequence[LinearReport]) -> str:
             f"{linear.seconds:.2f}",
         )
         path = linear.path.removeprefix("model.layers.")
-        names = f'<td>{escape(path)}</td><td class="scheme">{escape(linear.scheme)}</td>'
         cells = "".join(f'<td class="n">{escape(number)}</td>' for number in numbers)
-        rows.append(f"<tr>{names}{cells}</tr>")
+        scheme = f'<td class="scheme">{escape(linear.scheme)}</td>'
+        rows.append(f"<tr><td>{escape(path)}</td>{cells}{scheme}</tr>")
     return f'<div class="table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
