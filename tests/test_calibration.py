@@ -15,8 +15,12 @@ import fake_hub
 import numpy as np
 import pytest
 from fake_hub import MODEL, Hub
+from qllama_convert.names import linear_shapes
+from quantize_cases import float_checkpoint, token_ids
 from tokenizers import Tokenizer
 
+import qllama
+from qllama.config import LlamaConfig
 from qllama.gptq.calibration import CalibrationData, load_calibration, shortage
 from qllama.tokenizer import load_tokenizer
 
@@ -275,6 +279,20 @@ def test_shortage() -> None:
     assert shortage(4096, 1024) is None
     assert "4096 or more" in str(shortage(4095, 1024))
     assert "rounded to nearest" in str(shortage(100, 1024))
+
+
+def test_a_run_tells_of_a_shortage(tmp_path: Path) -> None:
+    model = float_checkpoint(tmp_path / "model")
+    ids = token_ids()
+    config = json.loads((model / "config.json").read_text())
+    widest = 4 * max(k for _, k in linear_shapes(LlamaConfig.from_hf(config)).values())
+    found = sum(map(len, ids))
+    assert found < widest
+    with pytest.warns(UserWarning, match="instead of the 512 asked for"):
+        report = qllama.quantize(model, tmp_path / "out", dataset=ids, dry_run=True)
+    (note,) = (note for note in report.notes if "few" in note)
+    assert note.startswith(f"{found} calibration tokens are few for {widest // 4} input features")
+    assert f"{widest} or more are enough" in note
 
 
 # -- hubs -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from sample_reports import linear, report
 
 import qllama
 from qllama import LLM
@@ -21,6 +23,9 @@ from qllama.evaluate.compare import compare_with, remember
 WINDOW = 64
 
 Float64 = NDArray[np.float64]
+
+# The commands show warnings as lines; under pytest's filter they would be exceptions.
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +200,6 @@ def test_other_tokenizers_are_refused(llms: tuple[LLM, LLM], text: str) -> None:
 
 # -- the commands ----------------------------------------------------------------------------------
 
-pytestmark = pytest.mark.filterwarnings("default")
-
 
 @pytest.fixture
 def text_file(tmp_path: Path, text: str) -> Path:
@@ -254,3 +257,23 @@ def test_mistakes(
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_compare_writes_the_report_page(
+    folders: tuple[Path, Path],
+    text_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    a, b, page = folders[0], tmp_path / "quantized", tmp_path / "page.html"
+    shutil.copytree(folders[1], b)
+    protocol = ["--text", str(text_file), "--window", "64", "--limit", "2"]
+    command = ["compare", str(a), str(b), *protocol, "--report", str(page), "--json"]
+    assert main(command) == 2
+    assert "has no quantization_report.json, which" in capfd.readouterr().err
+    (b / "quantization_report.json").write_text(report(linear(0, "mlp.up_proj")).to_json())
+    assert main(command) == 0
+    figures = json.loads(capfd.readouterr().out)
+    written = page.read_text(encoding="utf-8")
+    assert f"<b>{figures['kl_mean']:.4f}</b>" in written
+    assert figures["protocol"] in written

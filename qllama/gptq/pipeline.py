@@ -30,7 +30,7 @@ from qllama.config import LlamaConfig
 from qllama.device import compute_dtype, set_up_devices
 from qllama.errors import CheckpointError
 from qllama.gptq.batches import make_batches
-from qllama.gptq.calibration import CalibrationData, load_calibration
+from qllama.gptq.calibration import CalibrationData, load_calibration, shortage
 from qllama.gptq.decide import Quantizing, Replaying
 from qllama.gptq.journal import Entry, Journal, open_journal
 from qllama.gptq.live import Display, show
@@ -43,12 +43,14 @@ from qllama.gptq.recipe import (
     resolve_recipe,
 )
 from qllama.gptq.report import CalibrationReport, QuantizationReport, Seconds
+from qllama.gptq.report_page import report_page
 from qllama.gptq.source import Unit, check_tensors, fingerprint, read_ahead, units
 from qllama.gptq.walk import Walk
 from qllama.quantization.scheme import QuantScheme
 from qllama.tokenizer import load_tokenizer
 
 REPORT_FILE = "quantization_report.json"
+PAGE_FILE = "quantization_report.html"
 
 
 def quantize(
@@ -322,7 +324,10 @@ def _export(task: Task, data: CalibrationData | None, journal: Journal) -> Quant
         to=task.format,
         norms=norms,
         kv_scales=kv_scales,
-        files={REPORT_FILE: report.to_json().encode()},
+        files={
+            REPORT_FILE: report.to_json().encode(),
+            PAGE_FILE: report_page(report).encode(),
+        },
         damp_percent=task.recipe.default.options.dampening_frac,
         overwrite=task.overwrite,
     )
@@ -356,8 +361,15 @@ def _report(
         peak_device_bytes=statistics.get("peak_bytes_in_use"),
         sizes=plan_sizes(task.checkpoint, task.linears, task.format),
         linears=tuple(report for entry in entries for report in entry.linears),
-        notes=(*task.recipe.unused, *notes),
+        notes=(*task.recipe.unused, *_shortage(task, data), *notes),
     )  # fmt: skip
+
+
+def _shortage(task: Task, data: CalibrationData | None) -> list[str]:
+    shapes = linear_shapes(task.config)
+    solved = [shapes[path][1] for path, how in task.linears.items() if how.algorithm == "gptq"]
+    sentence = shortage(data.tokens, max(solved)) if data is not None and solved else None
+    return [] if sentence is None else [sentence]
 
 
 def _estimate(task: Task, data: CalibrationData | None) -> str:
