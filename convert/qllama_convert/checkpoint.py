@@ -13,8 +13,9 @@ import numpy as np
 
 from qllama.errors import CheckpointError
 from qllama_convert.files import first_few, read_json
+from qllama_convert.orbax_arrays import OrbaxArrays
 from qllama_convert.safetensors_file import SafetensorsFile, data_size
-from qllama_convert.weight_files import find_weight_files
+from qllama_convert.weight_files import ORBAX, find_weight_files
 
 _SIDECARS = ("quantize_config.json", "quant_config.json")
 
@@ -66,7 +67,10 @@ class Checkpoint:
         weights = find_weight_files(folder)
         if weights.doubt is not None:
             self.warn(weights.doubt)
-        self._files = {name: SafetensorsFile(folder / name) for name in weights.names}
+        self._files = {
+            name: OrbaxArrays(folder / name) if name == ORBAX else SafetensorsFile(folder / name)
+            for name in weights.names
+        }
         self.tensors: Mapping[str, TensorInfo] = _merge(folder, self._files)
         self._read: set[str] = set()
         if weights.weight_map is not None:
@@ -175,7 +179,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _merge(folder: Path, files: Mapping[str, SafetensorsFile]) -> dict[str, TensorInfo]:
+def _merge(
+    folder: Path, files: Mapping[str, SafetensorsFile | OrbaxArrays]
+) -> dict[str, TensorInfo]:
     """All tensors of all files, sorted by name."""
     tensors: dict[str, TensorInfo] = {}
     for file_name, file in files.items():

@@ -102,6 +102,7 @@ def export_checkpoint(
         config=export.config(section),
         tensors=export.tensors(),
         files=more,
+        container="orbax" if to == "native" else "safetensors",
         check=export.check_written,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,

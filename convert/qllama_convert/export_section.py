@@ -10,13 +10,15 @@ from qllama_convert.export_config import (
     compressed_tensors_format,
     fp8_config,
     gptq_config,
+    kv_cache_args,
     refuse_overlap,
 )
 from qllama_convert.files import first_few
+from qllama_convert.formats import native
 from qllama_convert.kv_cache_scheme import KVCacheScheme
 from qllama_convert.names import LM_HEAD, linear_shapes, merged_linears
 
-FORMS = ("compressed-tensors", "gptq", "fp8", "bf16")
+FORMS = ("compressed-tensors", "gptq", "fp8", "bf16", "native")
 """What a model can be exported as."""
 
 
@@ -47,6 +49,8 @@ def quantization_section(
         if kv_cache is not None:
             raise ValueError("an unquantized checkpoint cannot say that its cache is quantized")
         return None
+    if to == "native":
+        return _native_section(schemes, kv_cache)
     shapes = linear_shapes(llama)
     _refuse_sizes(to, schemes, shapes)
     refuse_split_schemes(schemes, llama)
@@ -88,6 +92,15 @@ def refuse_split_schemes(schemes: Mapping[str, QuantScheme], llama: LlamaConfig)
                 for path, scheme in found.items()
             )
             raise ValueError(f"{what}; vLLM runs them as one product, so they need one scheme")
+
+
+def _native_section(
+    schemes: Mapping[str, QuantScheme], kv_cache: KVCacheScheme | None
+) -> dict[str, Any] | None:
+    if not schemes and kv_cache is None:
+        return None
+    scheme = None if kv_cache is None else kv_cache_args(kv_cache)
+    return native.section(schemes) | {"kv_cache_scheme": scheme}
 
 
 def _refuse_sizes(
