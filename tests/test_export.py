@@ -269,7 +269,7 @@ def test_linears_that_are_not_what_was_said(plain: Path, tmp_path: Path) -> None
         (quantize_rtn(zeros, PRESETS["W8A8"]), "compressed-tensors", "but its weight is W8A8"),
         (quantize_rtn(zeros[:64], PRESETS["W4A16"]), "gptq", r"has shape \[64, 128\]"),
         (replace(w4, scales=w4.scales * np.nan), "gptq", "scales are NaN"),
-        (ordered, "compressed-tensors", "activation order"),
+        (ordered, "compressed-tensors", "desc_act=True"),
         (ordered, "gptq", "desc_act=True"),
     ]
     for weight, to, message in cases:
