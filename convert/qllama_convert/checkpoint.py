@@ -47,6 +47,7 @@ class Checkpoint:
         sidecar: `quantize_config.json`, else `quant_config.json`, else None.
         sidecar_name: which of the two it is.
         tensors: what the weight files hold, sorted by name.
+        metadata: of each weight file, by its name.
         warnings: what `warn` was told, each message once.
     """
 
@@ -72,6 +73,7 @@ class Checkpoint:
             for name in weights.names
         }
         self.tensors: Mapping[str, TensorInfo] = _merge(folder, self._files)
+        self.metadata = {name: file.metadata for name, file in self._files.items()}
         self._read: set[str] = set()
         if weights.weight_map is not None:
             self._check_index(weights.weight_map)
@@ -140,8 +142,8 @@ class Checkpoint:
             )
 
     def _check_metadata(self) -> None:
-        for name, file in self._files.items():
-            layout = file.metadata.get("format", "pt")
+        for name, metadata in self.metadata.items():
+            layout = metadata.get("format", "pt")
             if layout != "pt":
                 self.warn(
                     f"{self.folder / name}: was written for {layout!r}, not 'pt' (PyTorch); "
