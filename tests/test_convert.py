@@ -179,11 +179,9 @@ def test_dequantizing_says_what_it_rounds(
     with pytest.raises(ValueError, match=r"inputs of Linears.*28 Linears are rounded: .*--allow-l"):
         convert(folder, out, BF16)
     assert not out.exists()
-    written: list[None] = []
-    report = convert(folder, out, BF16, allow_lossy=True, on_linear=lambda: written.append(None))
+    report = convert(folder, out, BF16, allow_lossy=True)
     assert not report.lossless
     assert set(report.rounded) == set(report.schemes)
-    assert len(written) == 28
     assert report.losses == ("inputs of Linears are not quantized any more",)
     source = read_tensors(folder / "model.safetensors")
     exact = source[f"{MODULE}.weight"].astype(np.float64) * source[f"{MODULE}.weight_scale"].astype(
@@ -312,6 +310,17 @@ def test_split_schemes_are_for_native_alone(tmp_path: Path) -> None:
         convert(folder, tmp_path / "out", CT)
     assert convert(folder, tmp_path / "out", NATIVE).lossless
     assert read_fingerprints(tmp_path / "out") == read_fingerprints(folder)
+
+
+def test_the_card_says_what_it_became(tmp_path: Path) -> None:
+    folder = small_checkpoints.make("tokenizer", tmp_path / "in")
+    (folder / "README.md").write_text("---\nlicense: llama3.1\n---\n# The source\n")
+    convert(folder, tmp_path / "out", NATIVE)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: llama3.1" in card
+    assert "# out" in card
+    assert "The source" not in card
+    assert "llm.chat" in card
 
 
 def test_notes_name_readers_that_do_not_take_it(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ lost if the user agrees.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from qllama_convert.hub import resolve
 from qllama_convert.kv_cache_scheme import KVCacheScheme
 from qllama_convert.kv_scales import read_kv_scales
 from qllama_convert.linear import LinearWeights, read_linear
+from qllama_convert.model_card import has_chat_template, license_of, model_card
 from qllama_convert.names import attention_paths, linear_shapes
 from qllama_convert.quantization_config import Quantization, parse_quantization
 from qllama_convert.writer import check_output_folder
@@ -55,7 +56,6 @@ def convert(
     allow_lossy: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
-    on_linear: Callable[[], None] = lambda: None,
 ) -> ConversionReport:
     """Write the checkpoint `src` in another form, without quantizing anything again.
 
@@ -68,7 +68,6 @@ def convert(
         allow_lossy: also where something is rounded or left out.
         overwrite: replace an existing checkpoint.
         revision: branch, tag or commit of a Hub id.
-        on_linear: called after each quantized Linear that was written.
 
     Raises:
         ValueError: `to` cannot hold this model, or only with a loss that was not allowed; the
@@ -106,11 +105,20 @@ def convert(
             assert isinstance(linear.weight, QTensor)
             if to == "bf16" and _rounds(linear.weight, model.llama.dtype):
                 rounded.append(path)
-            on_linear()
             return dataclasses.replace(
                 linear, weight=dataclasses.replace(linear.weight, scheme=schemes[path])
             )
 
+        notes = tuple(reader_notes(to, schemes, desc_act=ordered))
+        card = model_card(
+            name=Path(dst).resolve().name,
+            to=to,
+            scheme=", ".join(dict.fromkeys(scheme.describe() for scheme in schemes.values())),
+            base_model=str(src),
+            license_name=license_of(source.folder),
+            notes=(*losses, *notes),
+            chat=has_chat_template(source.folder),
+        )
         output = export_checkpoint(
             dst,
             source=source,
@@ -118,6 +126,7 @@ def convert(
             schemes=schemes,
             to=to,
             kv_scales=model.kv_scales() if kv_cache else None,
+            files={"README.md": card.encode()},
             desc_act=ordered,
             overwrite=overwrite,
         )
@@ -130,7 +139,7 @@ def convert(
             schemes={path: scheme.describe() for path, scheme in schemes.items()},
             rounded=tuple(rounded),
             losses=tuple(losses),
-            notes=tuple(reader_notes(to, schemes, desc_act=ordered)),
+            notes=notes,
         )
 
 

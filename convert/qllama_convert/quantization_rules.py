@@ -68,7 +68,9 @@ def _of_merged_linears(llama: LlamaConfig, quantization: Quantization) -> Iterat
     ]
     if ragged:
         yield Finding(
-            f"vLLM merges q, k, v and gate, up, and needs whole blocks of rows: {first_few(ragged)}"
+            "vLLM merges q, k, v and gate, up, and needs whole blocks of rows: "
+            f"{first_few(ragged)}",
+            quantization.method == "qllama",
         )
 
 

@@ -187,7 +187,7 @@ def _their_logits(
         )
     except (subprocess.TimeoutExpired, OSError) as error:
         raise ValueError(f"{python} cannot be run: {error}") from error
-    if done.returncode:
+    if done.returncode or not outputs.exists():
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise ValueError(f"transformers cannot run {folder.name} ({python}): {last}")
     with np.load(outputs) as results:
