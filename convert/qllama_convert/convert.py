@@ -5,6 +5,7 @@ lost if the user agrees.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def convert(
             name=Path(dst).resolve().name,
             to=to,
             scheme=", ".join(dict.fromkeys(scheme.describe() for scheme in schemes.values())),
-            base_model=str(src),
+            base_model=None if os.path.lexists(src) else str(src),
             license_name=license_of(source.folder),
             notes=(*losses, *notes),
             chat=has_chat_template(source.folder),
