@@ -203,6 +203,20 @@ def test_scales_of_the_cache_that_have_no_place(
     assert "k_scale" not in str(read_tensors(tmp_path / "out" / "model.safetensors").keys())
 
 
+def test_scales_of_a_cache_that_is_not_asked_for(tmp_path: Path) -> None:
+    folder = small_checkpoints.make("float8_kv", tmp_path / "in")
+    with open_checkpoint(folder) as source:
+        config = json.loads(json.dumps(source.config))
+        del config["quantization_config"]["kv_cache_scheme"]
+        rewrite(folder, config, {name: source.read(name) for name in source.tensors})
+    with pytest.raises(ValueError, match="the scales of the key-value cache are left out"):
+        convert(folder, tmp_path / "out", CT)
+    report = convert(folder, tmp_path / "out", CT, allow_lossy=True)
+    assert report.rounded == ()
+    section = json.loads((tmp_path / "out" / "config.json").read_bytes())["quantization_config"]
+    assert section["kv_cache_scheme"] is None
+
+
 def test_the_bound_of_activations(tmp_path: Path) -> None:
     folder = small_checkpoints.make("plain", tmp_path / "in")
     with open_checkpoint(folder) as source:

@@ -286,7 +286,7 @@ def test_linears_that_are_not_what_was_said(plain: Path, tmp_path: Path) -> None
 def test_tensors_that_would_be_lost(plain: Path, tmp_path: Path) -> None:
     with open_checkpoint(plain) as source:
         tensors = {name: source.read(name) for name in source.tensors}
-        tensors["model.layers.9.extra.weight"] = np.ones(3, np.float32)
+        tensors["model.layers.9.extra.weight"] = tensors["model.norm.other"] = np.ones(3)
         folder = writer.write_checkpoint(tmp_path / "in", config=source.config, tensors=tensors)
     with pytest.raises(
         ValueError, match=r"belong to no module of this Llama: model.layers.9.extra"

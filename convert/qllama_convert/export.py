@@ -246,9 +246,14 @@ def _check_norms(norms: Mapping[str, np.ndarray], llama: LlamaConfig) -> None:
 
 
 def _refuse_strangers(source: Checkpoint, llama: LlamaConfig) -> None:
-    """Raise for tensors that no module has: they would be lost."""
-    known = {*module_shapes(llama), *attention_paths(llama)}
-    strange = [n for n in source.tensors if split_name(n)[0] not in known and not is_derived(n)]
+    """Raise for tensors that are neither copied nor replaced: they would be lost."""
+    weights, with_more = module_shapes(llama), {*linear_shapes(llama), *attention_paths(llama)}
+    strange = []
+    for name in source.tensors:
+        module, suffix = split_name(name)
+        known = module in with_more or (module in weights and suffix == "weight")
+        if not known and not is_derived(name):
+            strange.append(name)
     if strange:
         raise CheckpointError(
             f"{source.folder}: {len(strange)} tensors belong to no module of this Llama: "
