@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qllama_convert.convert import convert
     from qllama_convert.inspection import inspect
+    from qllama_convert.verify import verify
 
     from qllama.engine.sampling_params import SamplingParams
     from qllama.errors import CheckpointError
@@ -17,10 +19,12 @@ __all__ = [
     "CheckpointError",
     "SamplingParams",
     "compare",
+    "convert",
     "generate",
     "inspect",
     "perplexity",
     "quantize",
+    "verify",
 ]
 
 # Resolved when first used, so that `import qllama` costs next to nothing.
@@ -29,10 +33,12 @@ _HOMES = {
     "CheckpointError": "qllama.errors",
     "SamplingParams": "qllama.engine.sampling_params",
     "compare": "qllama.evaluate.compare",
+    "convert": "qllama_convert.convert",
     "generate": "qllama.llm",
     "inspect": "qllama_convert.inspection",
     "perplexity": "qllama.evaluate.perplexity",
     "quantize": "qllama.gptq.pipeline",
+    "verify": "qllama_convert.verify",
 }
 
 

@@ -269,7 +269,7 @@ def test_linears_that_are_not_what_was_said(plain: Path, tmp_path: Path) -> None
         (quantize_rtn(zeros, PRESETS["W8A8"]), "compressed-tensors", "but its weight is W8A8"),
         (quantize_rtn(zeros[:64], PRESETS["W4A16"]), "gptq", r"has shape \[64, 128\]"),
         (replace(w4, scales=w4.scales * np.nan), "gptq", "scales are NaN"),
-        (ordered, "compressed-tensors", "activation order"),
+        (ordered, "compressed-tensors", "desc_act=True"),
         (ordered, "gptq", "desc_act=True"),
     ]
     for weight, to, message in cases:
@@ -286,7 +286,7 @@ def test_linears_that_are_not_what_was_said(plain: Path, tmp_path: Path) -> None
 def test_tensors_that_would_be_lost(plain: Path, tmp_path: Path) -> None:
     with open_checkpoint(plain) as source:
         tensors = {name: source.read(name) for name in source.tensors}
-        tensors["model.layers.9.extra.weight"] = np.ones(3, np.float32)
+        tensors["model.layers.9.extra.weight"] = tensors["model.norm.other"] = np.ones(3)
         folder = writer.write_checkpoint(tmp_path / "in", config=source.config, tensors=tensors)
     with pytest.raises(
         ValueError, match=r"belong to no module of this Llama: model.layers.9.extra"

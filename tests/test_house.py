@@ -52,7 +52,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Slow to import, and not needed by everything that imports qllama.
-HEAVY = ("huggingface_hub", "orbax", "rich", "safetensors", "tokenizers", "torch", "transformers")
+HEAVY = (
+    "huggingface_hub",
+    "orbax",
+    "rich",
+    "safetensors",
+    "tensorstore",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 # Programs: they talk to a terminal, and pay for their imports when they start.
 PROGRAMS = ("qllama.cli", "qllama.__main__", "qllama.demo.train")
 

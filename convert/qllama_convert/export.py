@@ -40,6 +40,7 @@ from qllama_convert.safetensors_file import CODES
 from qllama_convert.writer import check_output_folder, write_checkpoint
 
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "text_config")
+_TELL_ORDER = ("compressed-tensors", "gptq")
 _COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
@@ -78,7 +79,7 @@ def export_checkpoint(
         kv_scales: attention path, such as "model.layers.0.self_attn", -> scales of keys and of
             values, one or one per KV head; of all layers or of none.
         files: file name -> what else goes in (README.md, ...).
-        desc_act: for "gptq": some Linear has a `g_idx`.
+        desc_act: some Linear has a `g_idx`, which "gptq", "bf16" and "native" take.
         damp_percent: for "gptq": the dampening that was used.
         max_shard_bytes: see `write_checkpoint`.
         overwrite: replace an existing checkpoint.
@@ -102,6 +103,7 @@ def export_checkpoint(
         config=export.config(section),
         tensors=export.tensors(),
         files=more,
+        container="orbax" if to == "native" else "safetensors",
         check=export.check_written,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
@@ -172,7 +174,11 @@ class _Export:
                 self._written[path] = fingerprint_linear(linear)
                 scheme = self.schemes.get(path)
                 format_name = None if scheme is None else export_format(self.to, scheme)
-                yield from write_linear(path, linear, format_name).items()
+                try:
+                    tensors = write_linear(path, linear, format_name)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+                yield from tensors.items()
             elif path != LM_HEAD:
                 weight = self.norms.get(path)
                 if weight is None:
@@ -196,8 +202,8 @@ class _Export:
             raise ValueError(f"{path} was to be {wanted}, but its weight is {found}")
         if weight.shape != shape:
             raise ValueError(f"{path} has shape {list(weight.shape)}, the model {list(shape)}")
-        if weight.g_idx is not None:
-            self._check_takes_order(path)
+        if weight.g_idx is not None and not self.desc_act and self.to in _TELL_ORDER:
+            raise ValueError(f"{path} has a g_idx; pass desc_act=True, so that the config says so")
         weight = jax.device_get(weight)
         weight.validate()
         bias = linear.bias
@@ -207,15 +213,6 @@ class _Export:
         if self.to == "bf16":
             return LinearWeights(np.asarray(weight.dequantize(jnp.dtype(self.llama.dtype))), bias)
         return LinearWeights(weight, bias)
-
-    def _check_takes_order(self, path: str) -> None:
-        if self.to == "compressed-tensors":
-            raise ValueError(
-                f"{path} has its columns in activation order (g_idx), which current readers of "
-                "compressed-tensors refuse; 'gptq' can hold it"
-            )
-        if self.to == "gptq" and not self.desc_act:
-            raise ValueError(f"{path} has a g_idx; desc_act=True tells readers so")
 
     def check_written(self, folder: Path) -> None:
         """Raise `OSError` unless the checkpoint in `folder` is what was to be written."""
@@ -249,9 +246,14 @@ def _check_norms(norms: Mapping[str, np.ndarray], llama: LlamaConfig) -> None:
 
 
 def _refuse_strangers(source: Checkpoint, llama: LlamaConfig) -> None:
-    """Raise for tensors that no module has: they would be lost."""
-    known = {*module_shapes(llama), *attention_paths(llama)}
-    strange = [n for n in source.tensors if split_name(n)[0] not in known and not is_derived(n)]
+    """Raise for tensors that are neither copied nor replaced: they would be lost."""
+    weights, with_more = module_shapes(llama), {*linear_shapes(llama), *attention_paths(llama)}
+    strange = []
+    for name in source.tensors:
+        module, suffix = split_name(name)
+        known = module in with_more or (module in weights and suffix == "weight")
+        if not known and not is_derived(name):
+            strange.append(name)
     if strange:
         raise CheckpointError(
             f"{source.folder}: {len(strange)} tensors belong to no module of this Llama: "

@@ -63,7 +63,7 @@ def compressed_tensors_config(
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": ignored,
-        "kv_cache_scheme": None if kv_cache is None else _kv_cache_args(kv_cache),
+        "kv_cache_scheme": None if kv_cache is None else kv_cache_args(kv_cache),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "sparsity_config": {},
@@ -195,7 +195,8 @@ def _activation_args(activations: ActivationScheme | None) -> dict[str, Any] | N
     )
 
 
-def _kv_cache_args(kv_cache: KVCacheScheme) -> dict[str, Any]:
+def kv_cache_args(kv_cache: KVCacheScheme) -> dict[str, Any]:
+    """How the cache is quantized, in the words of compressed-tensors."""
     return _args(
         bits=8, dtype="float8_e4m3fn", strategy=kv_cache.strategy, symmetric=True, dynamic=False
     )

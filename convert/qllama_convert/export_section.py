@@ -1,6 +1,6 @@
 """The `quantization_config` of a whole model that is written, or why there can be none."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qllama.config import LlamaConfig
@@ -10,13 +10,15 @@ from qllama_convert.export_config import (
     compressed_tensors_format,
     fp8_config,
     gptq_config,
+    kv_cache_args,
     refuse_overlap,
 )
 from qllama_convert.files import first_few
+from qllama_convert.formats import native
 from qllama_convert.kv_cache_scheme import KVCacheScheme
 from qllama_convert.names import LM_HEAD, linear_shapes, merged_linears
 
-FORMS = ("compressed-tensors", "gptq", "fp8", "bf16")
+FORMS = ("compressed-tensors", "gptq", "fp8", "bf16", "native")
 """What a model can be exported as."""
 
 
@@ -36,7 +38,8 @@ def quantization_section(
         schemes: module path -> scheme of every quantized Linear.
         llama: the model.
         kv_cache: how the key-value cache is quantized.
-        desc_act: for "gptq", as `damp_percent`: see `gptq_config`.
+        desc_act: columns of some Linear belong to groups by `g_idx`.
+        damp_percent: see `gptq_config`.
 
     Raises:
         ValueError: the config cannot say it, or columns that are not whole groups.
@@ -47,11 +50,18 @@ def quantization_section(
         if kv_cache is not None:
             raise ValueError("an unquantized checkpoint cannot say that its cache is quantized")
         return None
+    if to == "native":
+        return _native_section(schemes, kv_cache)
     shapes = linear_shapes(llama)
     _refuse_sizes(to, schemes, shapes)
     refuse_split_schemes(schemes, llama)
     ignore = [path for path in shapes if path not in schemes]
     if to == "compressed-tensors":
+        if desc_act:
+            raise ValueError(
+                "some columns are in activation order (g_idx), which current readers of "
+                "compressed-tensors refuse; 'gptq' and 'native' hold it"
+            )
         return compressed_tensors_config(schemes, ignore, kv_cache=kv_cache)
     if len(set(schemes.values())) > 1:
         names = ", ".join(sorted({scheme.describe() for scheme in schemes.values()}))
@@ -78,6 +88,28 @@ def export_format(to: str, scheme: QuantScheme) -> str | None:
     return None if to == "bf16" else to
 
 
+def reader_notes(
+    to: str, schemes: Mapping[str, QuantScheme], *, desc_act: bool = False
+) -> Iterator[str]:
+    """Which well-known readers do not take a checkpoint of this form, though it is right."""
+    symmetric = all(scheme.symmetric for scheme in schemes.values())
+    grouped = any(scheme.strategy == "group" for scheme in schemes.values())
+    if to == "gptq" and desc_act and grouped:
+        yield "vLLM from 0.30.0 on refuses GPTQ with desc_act and groups"
+    if to == "gptq" and not symmetric:
+        yield "vLLM runs symmetric GPTQ only; compressed-tensors holds asymmetric weights for it"
+    if to == "gptq":
+        yield "transformers reads GPTQ with optimum and gptqmodel, on a GPU"
+    if to == "fp8" and any(scheme.strategy == "tensor" for scheme in schemes.values()):
+        yield "transformers 5 does not read AutoFP8's names; vLLM does"
+    if to == "compressed-tensors" and not symmetric:
+        yield (
+            "transformers needs CompressedTensorsConfig(dequantize=True) to read packed zero points"
+        )
+    if to == "native":
+        yield "the native form is read by qllama alone"
+
+
 def refuse_split_schemes(schemes: Mapping[str, QuantScheme], llama: LlamaConfig) -> None:
     """Raise `ValueError` where q, k and v of a layer, or gate and up, have different schemes."""
     for paths in merged_linears(llama):
@@ -88,6 +120,15 @@ def refuse_split_schemes(schemes: Mapping[str, QuantScheme], llama: LlamaConfig)
                 for path, scheme in found.items()
             )
             raise ValueError(f"{what}; vLLM runs them as one product, so they need one scheme")
+
+
+def _native_section(
+    schemes: Mapping[str, QuantScheme], kv_cache: KVCacheScheme | None
+) -> dict[str, Any] | None:
+    if not schemes and kv_cache is None:
+        return None
+    scheme = None if kv_cache is None else kv_cache_args(kv_cache)
+    return native.section(schemes) | {"kv_cache_scheme": scheme}
 
 
 def _refuse_sizes(

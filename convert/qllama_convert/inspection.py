@@ -17,6 +17,7 @@ from qllama.quantization.scheme import QuantScheme
 from qllama_convert.checkpoint import Checkpoint, CheckpointWarning, TensorInfo, open_checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.formats import LinearSpec
+from qllama_convert.formats.companions import is_reordered
 from qllama_convert.hub import resolve
 from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS, read_kv_scales
 from qllama_convert.names import (
@@ -32,7 +33,6 @@ from qllama_convert.safetensors_file import DTYPES
 
 _SCALES = ("weight_scale", "weight_scale_inv", "scales")
 _INPUT_SCALES = ("input_scale", "activation_scale", "act_scale")
-_G_IDX = ("weight_g_idx", "g_idx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ def _summary(
         scheme = tensors["weight"].dtype if "weight" in tensors else "unknown"
         in_memory = math.prod(shape) * float_size
     else:
-        act_order = _is_reordered(checkpoint, path, spec.scheme, shape)
+        act_order = is_reordered(checkpoint, path, spec.scheme, shape)
         scheme = spec.scheme.describe()
         in_memory = _quantized_bytes(spec.scheme, shape, tensors, act_order)
     return ModuleSummary(
@@ -205,15 +205,6 @@ def _quantized_bytes(
         + (4 if static else 0)
         + (1 if static and acts is not None and not acts.symmetric else 0)
     )
-
-
-def _is_reordered(
-    checkpoint: Checkpoint, path: str, scheme: QuantScheme, shape: tuple[int, ...]
-) -> bool:
-    g_idx = _read_first(checkpoint, path, _G_IDX)
-    if g_idx is None or scheme.group_size is None:
-        return False
-    return not np.array_equal(g_idx, np.arange(shape[1]) // scheme.group_size)
 
 
 def _read_first(checkpoint: Checkpoint, path: str, suffixes: tuple[str, ...]) -> np.ndarray | None:

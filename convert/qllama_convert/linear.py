@@ -15,6 +15,7 @@ from qllama_convert.formats import (
     gptq,
     mxfp4_pack_quantized,
     naive_quantized,
+    native,
     nvfp4_pack_quantized,
     pack_quantized,
     plain,
@@ -34,6 +35,7 @@ _READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTens
     "naive-quantized": naive_quantized.read,
     "nvfp4-pack-quantized": nvfp4_pack_quantized.read,
     "mxfp4-pack-quantized": mxfp4_pack_quantized.read,
+    "native": native.read,
 }
 _WRITERS: dict[str, Callable[[QTensor], dict[str, np.ndarray]]] = {
     "gptq": gptq.write,
@@ -42,6 +44,7 @@ _WRITERS: dict[str, Callable[[QTensor], dict[str, np.ndarray]]] = {
     "int-quantized": naive_quantized.write,
     "float-quantized": naive_quantized.write,
     "naive-quantized": naive_quantized.write,
+    "native": native.write,
 }
 """The formats that are written, see `qllama_convert.export_config` for which scheme goes where."""
 
@@ -113,7 +116,7 @@ def write_linear(
 def _refuse_float_weight(tensors: ModuleTensors) -> None:
     if "weight" not in tensors:
         return
-    packed = [suffix for suffix in ("qweight", "weight_packed") if suffix in tensors]
+    packed = [suffix for suffix in ("qweight", "weight_packed", "codes") if suffix in tensors]
     if packed:
         raise tensors.error(f"has both weight and {packed[0]}; which one counts is unclear")
     dtype = tensors.info("weight").dtype

@@ -12,14 +12,26 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-from qllama.cli import chat, compare, doctor, generate, inspect, perplexity, quantize
+from qllama.cli import (
+    chat,
+    compare,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    perplexity,
+    quantize,
+    verify,
+)
 from qllama.cli.messages import complain, show_messages
 
 VERBS = {
     "generate": generate,
     "chat": chat,
-    "inspect": inspect,
     "quantize": quantize,
+    "convert": convert,
+    "verify": verify,
+    "inspect": inspect,
     "perplexity": perplexity,
     "compare": compare,
     "doctor": doctor,

@@ -5,11 +5,13 @@ import numpy.typing as npt
 
 from qllama.quantization.qtensor import QTensor
 from qllama.quantization.scheme import QuantScheme
+from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 
 _SCALAR_SHAPES = ((), (1,), (1, 1))
 _EXPONENTS = ("F8_E8M0", "U8")
+_G_IDX = ("weight_g_idx", "g_idx")
 _CHUNK = 1 << 20  # elements looked at together: what is checked may be larger than memory
 
 
@@ -155,6 +157,18 @@ def read_g_idx(
             once=True,
         )
     return g_idx
+
+
+def is_reordered(
+    checkpoint: Checkpoint, path: str, scheme: QuantScheme, shape: tuple[int, ...]
+) -> bool:
+    """Whether a stored index puts the columns of a Linear in other groups than their own."""
+    suffix = next((s for s in _G_IDX if f"{path}.{s}" in checkpoint.tensors), None)
+    if suffix is None or scheme.group_size is None:
+        return False
+    g_idx = checkpoint.read(f"{path}.{suffix}")
+    initialised = (g_idx >= 0).all()  # compressed-tensors: -1 where no order was found
+    return bool(initialised) and not np.array_equal(g_idx, np.arange(shape[1]) // scheme.group_size)
 
 
 def refuse_nan(tensors: ModuleTensors, suffix: str, codes: np.ndarray) -> None:
