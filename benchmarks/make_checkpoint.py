@@ -18,6 +18,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 from qllama_convert.checkpoint import Checkpoint, open_checkpoint
+from qllama_convert.export import export_checkpoint
 from qllama_convert.export_config import (
     compressed_tensors_config,
     compressed_tensors_format,
@@ -246,11 +247,12 @@ def rounded_checkpoint(
         quantization = parse_quantization(checkpoint, linear_shapes(llama))
         if quantization is not None:
             raise ValueError(f"{source} is quantized already ({quantization.method})")
-        return write_checkpoint(
+        return export_checkpoint(
             out,
-            config=checkpoint.config | _quantization_section(recipe, llama),
-            tensors=_rounded_tensors(checkpoint, llama, recipe),
-            files=_files(checkpoint.folder, _OTHER_FILES) | _sidecar(recipe),
+            source=checkpoint,
+            linears=lambda path: _rounded(checkpoint, path, recipe.scheme),
+            schemes={path: recipe.scheme for path, _ in _quantized(llama)},
+            to=recipe.method,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
         )
@@ -265,7 +267,6 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-_OTHER_FILES = (*_TOKENIZER_FILES, "generation_config.json", "LICENSE", "USE_POLICY.md")
 
 
 def _recipe(scheme: str, group_size: int | None) -> Recipe | None:
@@ -398,16 +399,10 @@ def _random_bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
     return words.view(np.uint8)[:size].reshape(shape)
 
 
-def _rounded_tensors(
-    checkpoint: Checkpoint, llama: LlamaConfig, recipe: Recipe
-) -> Iterator[tuple[str, np.ndarray]]:
-    linears = dict(_quantized(llama))
-    for path, shape in linears.items():
-        linear = read_linear(checkpoint, None, path, shape)
-        rounded = LinearWeights(quantize_rtn(linear.weight, recipe.scheme), linear.bias)
-        yield from write_linear(path, rounded, recipe.format).items()
-    for name in checkpoint.unread():
-        yield name, checkpoint.read(name)
+def _rounded(checkpoint: Checkpoint, path: str, scheme: QuantScheme) -> LinearWeights:
+    shapes = linear_shapes(LlamaConfig.from_hf(checkpoint.config))
+    weight = read_linear(checkpoint, None, path, shapes[path]).weight
+    return LinearWeights(quantize_rtn(weight, scheme), None)
 
 
 # -- command line -------------------------------------------------------------------------------

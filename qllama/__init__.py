@@ -3,21 +3,42 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qllama_convert.convert import convert
     from qllama_convert.inspection import inspect
+    from qllama_convert.verify import verify
 
     from qllama.engine.sampling_params import SamplingParams
     from qllama.errors import CheckpointError
+    from qllama.evaluate.compare import compare
+    from qllama.evaluate.perplexity import perplexity
+    from qllama.gptq.pipeline import quantize
     from qllama.llm import LLM, generate
 
-__all__ = ["LLM", "CheckpointError", "SamplingParams", "generate", "inspect"]
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "SamplingParams",
+    "compare",
+    "convert",
+    "generate",
+    "inspect",
+    "perplexity",
+    "quantize",
+    "verify",
+]
 
 # Resolved when first used, so that `import qllama` costs next to nothing.
 _HOMES = {
     "LLM": "qllama.llm",
     "CheckpointError": "qllama.errors",
     "SamplingParams": "qllama.engine.sampling_params",
+    "compare": "qllama.evaluate.compare",
+    "convert": "qllama_convert.convert",
     "generate": "qllama.llm",
     "inspect": "qllama_convert.inspection",
+    "perplexity": "qllama.evaluate.perplexity",
+    "quantize": "qllama.gptq.pipeline",
+    "verify": "qllama_convert.verify",
 }
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -238,10 +238,23 @@ class LLM:
         Raises:
             ValueError: no token, too many, or one outside the vocabulary.
         """
-        ids = self._check_ids(token_ids)
-        if len(ids) > self.max_model_len:
-            raise ValueError(f"{len(ids)} tokens are more than max_model_len={self.max_model_len}")
-        return self._engine.score(ids)
+        return self._engine.score(self._check_length(token_ids))
+
+    def hidden_states(self, token_ids: Sequence[int] | np.ndarray) -> jax.Array:
+        """What lm_head reads, `[T, hidden_size]` in the compute dtype, where `logits` gives its
+        result: these take a small part of the memory, and stay on the device.
+
+        Raises:
+            ValueError: as `logits`.
+        """
+        return self._engine.hidden_states(self._check_length(token_ids))
+
+    def head(self) -> Callable[[jax.Array], jax.Array]:
+        """The function from hidden states `[N, hidden_size]` to float32 logits `[N, vocab_size]`.
+
+        It goes on working after `close`, and keeps no weights but its own.
+        """
+        return self._engine.runner.without_layers().logits
 
     def close(self) -> None:
         """Let go of weights and cache. The LLM cannot be used afterwards."""
@@ -293,6 +306,12 @@ class LLM:
                 f"{self.config.vocab_size}"
             )
         return array.astype(np.int32)
+
+    def _check_length(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = self._check_ids(token_ids)
+        if len(ids) > self.max_model_len:
+            raise ValueError(f"{len(ids)} tokens are more than max_model_len={self.max_model_len}")
+        return ids
 
     def _jobs(
         self,

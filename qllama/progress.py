@@ -13,6 +13,11 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+def hidden() -> bool:
+    """Whether nothing is to be shown, see `no_progress`."""
+    return _hidden.get()
+
+
 @contextlib.contextmanager
 def no_progress() -> Iterator[None]:
     """Show neither spinner nor bar while the block runs: they wipe the line that text is on."""

@@ -1,4 +1,7 @@
-"""A hub on 127.0.0.1 with one model: it answers, or refuses, as huggingface_hub expects it."""
+"""A hub on 127.0.0.1 with one repository, which passes for a model and for a dataset.
+
+It answers, or refuses, as huggingface_hub expects it.
+"""
 
 import contextlib
 import hashlib
@@ -103,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, None, "Invalid credentials in Authorization header")
         if MODEL not in path or (self.state.needs_token and token is None):
             return self._refuse(401, "RepoNotFound", "Repository not found")
+        path = path.replace("api/datasets/", "api/models/").removeprefix("datasets/")
+        if path == f"api/models/{MODEL}":
+            return self._revision("main")
         if path.startswith(f"api/models/{MODEL}/revision/"):
             return self._revision(path.partition("/revision/")[2])
         if path.startswith(f"api/models/{MODEL}/tree/"):
@@ -117,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.state.commit(revision)
         if files is None:
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return self._json({"id": MODEL, "sha": sha_of(files), "siblings": []})
+        siblings = [{"rfilename": name} for name in files]
+        return self._json({"id": MODEL, "sha": sha_of(files), "siblings": siblings})
 
     def _tree(self, revision: str) -> None:
         files = self.state.commit(revision)

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "qllama.parallel": {"qllama.model"},
     "qllama_convert": {"qllama.parallel"},
     "qllama.engine": {"qllama.parallel"},
-    "qllama.gptq": {"qllama_convert"},
+    "qllama.gptq": {"qllama_convert", "qllama.device", "qllama.progress", "qllama.tokenizer"},
     "qllama.demo": set(),
     "qllama.device": {"qllama.config"},
     "qllama.progress": {"qllama.errors"},
@@ -52,7 +52,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Slow to import, and not needed by everything that imports qllama.
-HEAVY = ("huggingface_hub", "orbax", "rich", "safetensors", "tokenizers", "torch", "transformers")
+HEAVY = (
+    "huggingface_hub",
+    "orbax",
+    "rich",
+    "safetensors",
+    "tensorstore",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 # Programs: they talk to a terminal, and pay for their imports when they start.
 PROGRAMS = ("qllama.cli", "qllama.__main__", "qllama.demo.train")
 

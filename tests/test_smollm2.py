@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qllama.engine.sampling_params import SamplingParams
+from qllama.evaluate.perplexity import perplexity
 from qllama.llm import LLM
 
 pytestmark = pytest.mark.slow
@@ -91,6 +92,15 @@ def test_logits_are_the_golden_ones(llm: LLM, arrays: dict[str, np.ndarray], pro
     largest = logits.max(axis=1)
     sums = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64))
     np.testing.assert_allclose(sums, arrays[f"logsumexp_{prompt}"], rtol=0, atol=LOGITS_TOLERANCE)
+
+
+def test_perplexity_is_the_golden_one(llm: LLM, fixtures_dir: Path) -> None:
+    """transformers in float64 gives 47.21167; the golden figure is of float32."""
+    golden = json.loads((fixtures_dir / "smollm2_peer.json").read_text(encoding="utf-8"))
+    text = (fixtures_dir / "eval_text.txt").read_text(encoding="utf-8")
+    result = perplexity(llm, text, window=512, limit=8)
+    assert result.tokens == 4088
+    assert result.perplexity == pytest.approx(golden["original"]["ppl"], abs=5e-4)
 
 
 def test_greedy_continuations_are_the_golden_ones(llm: LLM, arrays: dict[str, np.ndarray]) -> None:

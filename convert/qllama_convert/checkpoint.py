@@ -13,8 +13,9 @@ import numpy as np
 
 from qllama.errors import CheckpointError
 from qllama_convert.files import first_few, read_json
+from qllama_convert.orbax_arrays import OrbaxArrays
 from qllama_convert.safetensors_file import SafetensorsFile, data_size
-from qllama_convert.weight_files import find_weight_files
+from qllama_convert.weight_files import ORBAX, find_weight_files
 
 _SIDECARS = ("quantize_config.json", "quant_config.json")
 
@@ -46,6 +47,7 @@ class Checkpoint:
         sidecar: `quantize_config.json`, else `quant_config.json`, else None.
         sidecar_name: which of the two it is.
         tensors: what the weight files hold, sorted by name.
+        metadata: of each weight file, by its name.
         warnings: what `warn` was told, each message once.
     """
 
@@ -66,8 +68,12 @@ class Checkpoint:
         weights = find_weight_files(folder)
         if weights.doubt is not None:
             self.warn(weights.doubt)
-        self._files = {name: SafetensorsFile(folder / name) for name in weights.names}
+        self._files = {
+            name: OrbaxArrays(folder / name) if name == ORBAX else SafetensorsFile(folder / name)
+            for name in weights.names
+        }
         self.tensors: Mapping[str, TensorInfo] = _merge(folder, self._files)
+        self.metadata = {name: file.metadata for name, file in self._files.items()}
         self._read: set[str] = set()
         if weights.weight_map is not None:
             self._check_index(weights.weight_map)
@@ -136,8 +142,8 @@ class Checkpoint:
             )
 
     def _check_metadata(self) -> None:
-        for name, file in self._files.items():
-            layout = file.metadata.get("format", "pt")
+        for name, metadata in self.metadata.items():
+            layout = metadata.get("format", "pt")
             if layout != "pt":
                 self.warn(
                     f"{self.folder / name}: was written for {layout!r}, not 'pt' (PyTorch); "
@@ -175,7 +181,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _merge(folder: Path, files: Mapping[str, SafetensorsFile]) -> dict[str, TensorInfo]:
+def _merge(
+    folder: Path, files: Mapping[str, SafetensorsFile | OrbaxArrays]
+) -> dict[str, TensorInfo]:
     """All tensors of all files, sorted by name."""
     tensors: dict[str, TensorInfo] = {}
     for file_name, file in files.items():

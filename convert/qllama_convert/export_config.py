@@ -14,6 +14,15 @@ from qllama_convert.kv_cache_scheme import KVCacheScheme
 _VERSION = "0.20.0"
 
 
+def refuse_overlap(schemes: Mapping[str, QuantScheme], ignored: Collection[str]) -> None:
+    """Raise `ValueError` where nothing is quantized, or a Linear is and is not."""
+    if not schemes:
+        raise ValueError("no Linear is quantized; write no quantization_config at all")
+    both = sorted(schemes.keys() & set(ignored))
+    if both:
+        raise ValueError(f"{', '.join(both[:5])} cannot be quantized and ignored at once")
+
+
 def compressed_tensors_config(
     schemes: Mapping[str, QuantScheme],
     ignore: Iterable[str],
@@ -35,7 +44,7 @@ def compressed_tensors_config(
             has no words for.
     """
     ignored = sorted(set(ignore))
-    _refuse_overlap(schemes, ignored)
+    refuse_overlap(schemes, ignored)
     groups: dict[QuantScheme, list[str]] = {}
     for path, scheme in schemes.items():
         groups.setdefault(scheme, []).append(path)
@@ -54,7 +63,7 @@ def compressed_tensors_config(
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": ignored,
-        "kv_cache_scheme": None if kv_cache is None else _kv_cache_args(kv_cache),
+        "kv_cache_scheme": None if kv_cache is None else kv_cache_args(kv_cache),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "sparsity_config": {},
@@ -114,12 +123,15 @@ def gptq_config(
     return config if damp_percent is None else config | {"damp_percent": damp_percent}
 
 
-def fp8_config(scheme: QuantScheme, ignore: Iterable[str]) -> dict[str, Any]:
+def fp8_config(
+    scheme: QuantScheme, ignore: Iterable[str], *, kv_cache: KVCacheScheme | None = None
+) -> dict[str, Any]:
     """The config of `quant_method` "fp8": AutoFP8's per tensor, the fine-grained one per block.
 
     Args:
         scheme: of every Linear that is not ignored.
         ignore: module paths of every Linear that is not quantized.
+        kv_cache: how the key-value cache is quantized.
 
     Raises:
         ValueError: a scheme that this method cannot say.
@@ -140,20 +152,18 @@ def fp8_config(scheme: QuantScheme, ignore: Iterable[str]) -> dict[str, Any]:
             "quant_method fp8 holds FP8 per tensor, with FP8 inputs per tensor (static) or token, "
             f"or per block with inputs per group of its columns, not {scheme.describe()}"
         )
+    if kv_cache is not None and kv_cache.strategy != "tensor":
+        raise ValueError("quant_method fp8 has one scale for a layer's cache, not one per head")
     config: dict[str, Any] = {
         "activation_scheme": "static" if static else "dynamic",
         "ignored_layers": sorted(set(ignore)),
         "quant_method": "fp8",
     }
-    return config | ({"weight_block_size": list(scheme.block_size)} if scheme.block_size else {})
-
-
-def _refuse_overlap(schemes: Mapping[str, QuantScheme], ignored: Collection[str]) -> None:
-    if not schemes:
-        raise ValueError("no Linear is quantized; write no quantization_config at all")
-    both = sorted(schemes.keys() & set(ignored))
-    if both:
-        raise ValueError(f"{', '.join(both[:5])} cannot be quantized and ignored at once")
+    if scheme.block_size:
+        config["weight_block_size"] = list(scheme.block_size)
+    if kv_cache is not None:
+        config["kv_cache_scheme"] = "static"
+    return config
 
 
 def _weight_args(scheme: QuantScheme) -> dict[str, Any]:
@@ -185,7 +195,8 @@ def _activation_args(activations: ActivationScheme | None) -> dict[str, Any] | N
     )
 
 
-def _kv_cache_args(kv_cache: KVCacheScheme) -> dict[str, Any]:
+def kv_cache_args(kv_cache: KVCacheScheme) -> dict[str, Any]:
+    """How the cache is quantized, in the words of compressed-tensors."""
     return _args(
         bits=8, dtype="float8_e4m3fn", strategy=kv_cache.strategy, symmetric=True, dynamic=False
     )

@@ -64,10 +64,54 @@ def resolve(
             f"{model}: there is no such folder; expected a checkpoint folder, or a Hub id of the "
             "form OWNER/NAME"
         )
-    return _download(model, revision, files)
+    return download(model, revision, files)
 
 
-def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
+def list_dataset(name: str, revision: str | None = None) -> list[str]:
+    """Names of the files of a Hub dataset; of those in the cache where no hub can be reached.
+
+    Args:
+        name: OWNER/NAME.
+        revision: branch, tag or commit; None: the main branch. None of its files if there is none.
+
+    Raises:
+        CheckpointError: there is no such dataset, or neither a hub nor a copy of it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+    try:
+        found = HfApi().dataset_info(name, revision=revision).siblings or []
+        return [file.rfilename for file in found]
+    except RevisionNotFoundError:
+        return []
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise CheckpointError(
+                f"{_named(name, revision)}: {_explain(error, 'dataset')}"
+            ) from error
+        try:
+            copy = snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=[""],  # else it would miss those that were never asked for
+            )
+        except Exception as missing:
+            missing.__cause__ = error
+            raise CheckpointError(
+                f"{_named(name, revision)}: {_explain(missing, 'dataset')}"
+            ) from missing
+    return [str(path.relative_to(copy)) for path in Path(copy).rglob("*") if path.is_file()]
+
+
+def download(name: str, revision: str | None, files: Sequence[str], *, kind: str = "model") -> Path:
+    """The folder in the cache that holds the files of a Hub repository that match `files`.
+
+    Raises:
+        CheckpointError: they cannot be had.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     from huggingface_hub import snapshot_download
@@ -79,17 +123,18 @@ def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
         with _interruptible() as interrupted:
             folder = snapshot_download(
-                model,
+                name,
+                repo_type=kind,
                 revision=revision,
                 allow_patterns=list(files),
-                ignore_patterns=list(_NEVER),
+                ignore_patterns=list(_NEVER) if kind == "model" else None,
                 library_name="qllama",
                 library_version=own_version,
                 tqdm_class=_progress_bars(interrupted),
             )
     # Its own errors, those of its network library, and OSError: all of them end the same way.
     except Exception as error:
-        raise CheckpointError(f"{_named(model, revision)}: {_explain(error)}") from error
+        raise CheckpointError(f"{_named(name, revision)}: {_explain(error, kind)}") from error
     return Path(folder)
 
 
@@ -138,8 +183,8 @@ def _named(model: str, revision: str | None) -> str:
     return model if revision is None else f"{model} at revision {revision!r}"
 
 
-def _explain(error: BaseException) -> str:
-    """What went wrong and what to do, in one line."""
+def _explain(error: BaseException, kind: str) -> str:
+    """What went wrong and what to do, in one line; `kind`: "model" or "dataset"."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -153,17 +198,18 @@ def _explain(error: BaseException) -> str:
     )
 
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    here = "folder" if kind == "model" else "file"
     login = "log in with `hf auth login`, or set HF_TOKEN"
     match error:
         case GatedRepoError():
             return f"is gated; ask for access on {hub}, then {login}"
         case RepositoryNotFoundError():
             return (
-                f"there is no such folder here and no such model on {hub}; check the spelling, or "
-                f"if the model is private, {login}"
+                f"there is no such {here} here and no such {kind} on {hub}; check the spelling, or "
+                f"if the {kind} is private, {login}"
             )
         case RevisionNotFoundError():
-            return f"{hub} has the model, but no such branch, tag or commit"
+            return f"{hub} has the {kind}, but no such branch, tag or commit"
         case IncompleteSnapshotError():
             return (
                 f"the copy in {cache} is incomplete, and {_why_no_hub(error)}; go online and run "
@@ -172,14 +218,14 @@ def _explain(error: BaseException) -> str:
         case LocalEntryNotFoundError():
             return (
                 f"there is no copy in {cache}, and {_why_no_hub(error)}; go online and run this "
-                "again, or give the folder of a checkpoint"
+                f"again, or give {'the folder of a checkpoint' if kind == 'model' else 'a file'}"
             )
         case HfHubHTTPError() if error.response.status_code == 401:
             return f"{hub} does not accept the token; {login} with another one"
         case HfHubHTTPError():
             return f"{_answer(error)}; run this again later: complete files are kept"
         case HFValidationError():
-            return "there is no such folder here, and this is no Hub id (OWNER/NAME)"
+            return f"there is no such {here} here, and this is no Hub id (OWNER/NAME)"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return (
                 f"the disk of {cache} is full; free space and run this again (complete files are "

@@ -17,16 +17,15 @@ from qllama.quantization.scheme import QuantScheme
 from qllama_convert.checkpoint import Checkpoint, CheckpointWarning, TensorInfo, open_checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.formats import LinearSpec
+from qllama_convert.formats.companions import is_reordered
 from qllama_convert.hub import resolve
 from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS, read_kv_scales
 from qllama_convert.names import (
-    EMBED_TOKENS,
     LM_HEAD,
-    embedding_shape,
     is_derived,
     layer_path,
     linear_shapes,
-    norm_shapes,
+    module_shapes,
     split_name,
 )
 from qllama_convert.quantization_config import Quantization, parse_quantization
@@ -34,7 +33,6 @@ from qllama_convert.safetensors_file import DTYPES
 
 _SCALES = ("weight_scale", "weight_scale_inv", "scales")
 _INPUT_SCALES = ("input_scale", "activation_scale", "act_scale")
-_G_IDX = ("weight_g_idx", "g_idx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +124,7 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
 
     modules = []
     missing = []
-    for path, shape in _modules(config):
+    for path, shape in module_shapes(config).items():
         tensors = by_module.pop(path, {})
         of_cache = SUFFIXES_IN_LINEARS if path.endswith((".k_proj", ".v_proj")) else ()
         tensors = {suffix: info for suffix, info in tensors.items() if suffix not in of_cache}
@@ -157,18 +155,6 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def _modules(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Path and weight shape of every module, in the order they run."""
-    linears, norms = linear_shapes(config), norm_shapes(config)
-    yield EMBED_TOKENS, embedding_shape(config)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"{layer_path(layer)}."
-        yield from ((path, shape) for path, shape in norms.items() if path.startswith(prefix))
-        yield from ((path, shape) for path, shape in linears.items() if path.startswith(prefix))
-    yield "model.norm", norms["model.norm"]
-    yield LM_HEAD, linears[LM_HEAD]
-
-
 def _summary(
     checkpoint: Checkpoint,
     config: LlamaConfig,
@@ -185,7 +171,7 @@ def _summary(
         scheme = tensors["weight"].dtype if "weight" in tensors else "unknown"
         in_memory = math.prod(shape) * float_size
     else:
-        act_order = _is_reordered(checkpoint, path, spec.scheme, shape)
+        act_order = is_reordered(checkpoint, path, spec.scheme, shape)
         scheme = spec.scheme.describe()
         in_memory = _quantized_bytes(spec.scheme, shape, tensors, act_order)
     return ModuleSummary(
@@ -219,15 +205,6 @@ def _quantized_bytes(
         + (4 if static else 0)
         + (1 if static and acts is not None and not acts.symmetric else 0)
     )
-
-
-def _is_reordered(
-    checkpoint: Checkpoint, path: str, scheme: QuantScheme, shape: tuple[int, ...]
-) -> bool:
-    g_idx = _read_first(checkpoint, path, _G_IDX)
-    if g_idx is None or scheme.group_size is None:
-        return False
-    return not np.array_equal(g_idx, np.arange(shape[1]) // scheme.group_size)
 
 
 def _read_first(checkpoint: Checkpoint, path: str, suffixes: tuple[str, ...]) -> np.ndarray | None:

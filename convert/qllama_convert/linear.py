@@ -15,6 +15,7 @@ from qllama_convert.formats import (
     gptq,
     mxfp4_pack_quantized,
     naive_quantized,
+    native,
     nvfp4_pack_quantized,
     pack_quantized,
     plain,
@@ -34,6 +35,7 @@ _READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTens
     "naive-quantized": naive_quantized.read,
     "nvfp4-pack-quantized": nvfp4_pack_quantized.read,
     "mxfp4-pack-quantized": mxfp4_pack_quantized.read,
+    "native": native.read,
 }
 _WRITERS: dict[str, Callable[[QTensor], dict[str, np.ndarray]]] = {
     "gptq": gptq.write,
@@ -42,6 +44,7 @@ _WRITERS: dict[str, Callable[[QTensor], dict[str, np.ndarray]]] = {
     "int-quantized": naive_quantized.write,
     "float-quantized": naive_quantized.write,
     "naive-quantized": naive_quantized.write,
+    "native": native.write,
 }
 """The formats that are written, see `qllama_convert.export_config` for which scheme goes where."""
 
@@ -83,13 +86,16 @@ def read_linear(
     return LinearWeights(weight, bias)
 
 
-def write_linear(path: str, linear: LinearWeights, format_name: str) -> dict[str, np.ndarray]:
+def write_linear(
+    path: str, linear: LinearWeights, format_name: str | None
+) -> dict[str, np.ndarray]:
     """The tensors of one Linear by their full names; the inverse of `read_linear`.
 
     Args:
         path: of the module.
         linear: what it holds. A float weight is written as it is.
-        format_name: of the quantized weight: "gptq", "fp8" or a format of compressed-tensors.
+        format_name: of the quantized weight: "gptq", "fp8" or a format of compressed-tensors;
+            None for a float weight.
 
     Raises:
         ValueError: a format that is not written, or one that cannot hold this weight.
@@ -110,7 +116,7 @@ def write_linear(path: str, linear: LinearWeights, format_name: str) -> dict[str
 def _refuse_float_weight(tensors: ModuleTensors) -> None:
     if "weight" not in tensors:
         return
-    packed = [suffix for suffix in ("qweight", "weight_packed") if suffix in tensors]
+    packed = [suffix for suffix in ("qweight", "weight_packed", "codes") if suffix in tensors]
     if packed:
         raise tensors.error(f"has both weight and {packed[0]}; which one counts is unclear")
     dtype = tensors.info("weight").dtype

@@ -73,6 +73,23 @@ def load_model(
     return model
 
 
+def read_model_linear(
+    checkpoint: Checkpoint, config: LlamaConfig, quantization: Quantization | None, path: str
+) -> LinearWeights:
+    """The Linear at module `path` of a model, which has a bias if its config says so.
+
+    Raises:
+        CheckpointError: as `read_linear` does, or the bias is missing.
+    """
+    linear = read_linear(checkpoint, quantization, path, linear_shapes(config)[path])
+    if linear.bias is None and has_bias(config, path):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {path}.bias is missing, but config.json says that this Linear "
+            "has a bias"
+        )
+    return linear
+
+
 class _Builder:
     """What every step of the building needs, held once."""
 
@@ -127,13 +144,7 @@ class _Builder:
         return self.layer(self.read(path))
 
     def read(self, path: str) -> LinearWeights:
-        linear = read_linear(self.checkpoint, self.quantization, path, self.shapes[path])
-        if linear.bias is None and has_bias(self.config, path):
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {path}.bias is missing, but config.json says that this "
-                "Linear has a bias"
-            )
-        return linear
+        return read_model_linear(self.checkpoint, self.config, self.quantization, path)
 
     def layer(self, linear: LinearWeights) -> Dense | QuantDense:
         bias = None if linear.bias is None else jnp.asarray(linear.bias)

@@ -70,6 +70,34 @@ def embedding_shape(config: LlamaConfig) -> tuple[int, int]:
     return config.vocab_size, config.hidden_size
 
 
+def attention_paths(config: LlamaConfig) -> list[str]:
+    """The path of every attention, where the scales of a quantized cache are."""
+    return [f"{layer_path(layer)}.self_attn" for layer in range(config.num_hidden_layers)]
+
+
+def merged_linears(config: LlamaConfig) -> list[tuple[str, ...]]:
+    """Paths of the Linears that have one input, and that servers run as one product."""
+    return [
+        tuple(f"{layer_path(layer)}.{name}" for name in names)
+        for layer in range(config.num_hidden_layers)
+        for names in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        )
+    ]
+
+
+def module_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> weight shape of every module with a weight, in the order they run."""
+    linears, norms = linear_shapes(config), norm_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = {EMBED_TOKENS: embedding_shape(config)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"{layer_path(layer)}."
+        for kind in (norms, linears):
+            shapes |= {path: shape for path, shape in kind.items() if path.startswith(prefix)}
+    return shapes | {"model.norm": norms["model.norm"], LM_HEAD: linears[LM_HEAD]}
+
+
 def is_derived(name: str) -> bool:
     """Whether a tensor is computed from the config, so that a loader drops it without a word."""
     module, suffix = split_name(name)

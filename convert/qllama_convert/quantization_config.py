@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qllama.errors import CheckpointError
 from qllama_convert import compressed_tensors
 from qllama_convert.checkpoint import Checkpoint
-from qllama_convert.formats import LinearSpec, awq, fbgemm_fp8, fp8, gptq
+from qllama_convert.formats import LinearSpec, awq, fbgemm_fp8, fp8, gptq, native
 from qllama_convert.kv_cache_scheme import KVCacheScheme, parse_kv_cache_scheme
 from qllama_convert.section import Section, shown
 
@@ -18,11 +18,12 @@ METHODS: dict[str, _Parser] = {
     "awq": awq.parse,
     "fp8": fp8.parse,
     "fbgemm_fp8": fbgemm_fp8.parse,
+    "qllama": native.parse,
 }
 """Values of `quant_method` that are read."""
 
 _WITH_SIDECAR = ("gptq", "awq")
-_WITH_KV_CACHE = ("compressed-tensors", "fp8")
+_WITH_KV_CACHE = ("compressed-tensors", "fp8", "qllama")
 _SPELLINGS = (
     ("bits", "w_bit"),
     ("group_size", "q_group_size"),

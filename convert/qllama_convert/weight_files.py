@@ -10,6 +10,7 @@ from qllama_convert.files import first_few, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ORBAX = "model.orbax"
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<i>\d{5})-of-(?P<n>\d{5})\.safetensors")
 _OTHER_CONTAINERS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".npz")
 
@@ -17,14 +18,15 @@ _OTHER_CONTAINERS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".
 class WeightFiles(NamedTuple):
     """The weight files of a folder."""
 
-    names: list[str]  # file names inside the folder, sorted
+    names: list[str]  # file names inside the folder, sorted; or ORBAX, a folder in it
     weight_map: dict[str, str] | None  # the index: tensor name -> file name
     doubt: str | None = None  # what the user should be warned of
 
 
 def find_weight_files(folder: Path) -> WeightFiles:
-    """The files of `model.safetensors.index.json`; else `model.safetensors`; else the files of the
-    only other index; else the only safetensors file; else a complete set of numbered shards.
+    """`model.orbax`; else the files of `model.safetensors.index.json`; else `model.safetensors`;
+    else the files of the only other index; else the only safetensors file; else a complete set of
+    numbered shards.
 
     Raises:
         CheckpointError: there are none, or it is not clear which belong together.
@@ -32,6 +34,13 @@ def find_weight_files(folder: Path) -> WeightFiles:
     present = sorted(os.listdir(folder))
     weights = [name for name in present if _may_hold_model(name, ".safetensors")]
     indices = [name for name in present if _may_hold_model(name, ".safetensors.index.json")]
+    if ORBAX in present:
+        if weights or indices:
+            raise CheckpointError(
+                f"{folder}: has both {ORBAX} and {first_few(indices + weights)}; which of them is "
+                "the model is unclear, remove the other"
+            )
+        return WeightFiles([ORBAX], None)
     if INDEX in indices:
         found = _from_index(folder / INDEX)
         if WEIGHTS in weights and WEIGHTS not in found.names:

@@ -10,15 +10,16 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from qllama_convert.names import split_name
+from qllama_convert.orbax_arrays import write_orbax
 from qllama_convert.safetensors_file import write_safetensors
-from qllama_convert.weight_files import INDEX, WEIGHTS
+from qllama_convert.weight_files import INDEX, ORBAX, WEIGHTS
 
 Tensors = Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]]
 
@@ -29,6 +30,8 @@ def write_checkpoint(
     config: Mapping[str, Any],
     tensors: Tensors,
     files: Mapping[str, bytes | Path] | None = None,
+    container: Literal["safetensors", "orbax"] = "safetensors",
+    check: Callable[[Path], None] = lambda folder: None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
@@ -42,6 +45,9 @@ def write_checkpoint(
         tensors: name -> array, or (name, array) pairs, which may be made as they are asked for:
             two modules at most are held in memory. Pairs of one module must come together.
         files: what else goes in: file name -> its bytes, or a file to copy (tokenizer, ...).
+        container: of the weights; "orbax" (one `model.orbax`) holds all tensors in memory at once.
+        check: called with the folder where all of it has been written, before it gets its name;
+            what it raises is raised, and nothing appears.
         max_shard_bytes: bytes of tensors after which a new shard begins. A module is never split,
             so a shard with one module may be larger.
         overwrite: replace an existing checkpoint.
@@ -64,8 +70,12 @@ def write_checkpoint(
             _write_file(partial / "config.json", _json(exported_config(config)))
             for name, content in files.items():
                 _write_file(partial / name, content)
-            _write_weights(partial, tensors, max_shard_bytes)
-            _flush_folder(partial)
+            if container == "orbax":
+                write_orbax(partial / ORBAX, _pairs(tensors))
+            else:
+                _write_weights(partial, tensors, max_shard_bytes)
+            flush_folder(partial)
+            check(partial)
             _move_into_place(partial, folder, overwrite=overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -122,11 +132,8 @@ def _check_file_names(files: Mapping[str, bytes | Path]) -> None:
 
 def _write_weights(folder: Path, tensors: Tensors, max_shard_bytes: int) -> None:
     """`model.safetensors`, or numbered shards and their index."""
-    if isinstance(tensors, Mapping):
-        mapping = tensors
-        tensors = ((name, mapping[name]) for name in sorted(mapping, key=split_name))
     shards = []
-    numbered = _number_shards(tensors, max_shard_bytes)
+    numbered = _number_shards(_pairs(tensors), max_shard_bytes)
     for number, group in itertools.groupby(numbered, key=lambda item: item[0]):
         path = folder / f"{number}.safetensors"
         members = ((name, array) for _, name, array in group)
@@ -147,6 +154,12 @@ def _write_weights(folder: Path, tensors: Tensors, max_shard_bytes: int) -> None
         "total_size": sum(entry.stop - entry.start for entry in everything),
     }
     _write_file(folder / INDEX, _json({"metadata": metadata, "weight_map": weight_map}))
+
+
+def _pairs(tensors: Tensors) -> Iterable[tuple[str, np.ndarray]]:
+    if not isinstance(tensors, Mapping):
+        return tensors
+    return ((name, tensors[name]) for name in sorted(tensors, key=split_name))
 
 
 def _number_shards(
@@ -197,10 +210,10 @@ def _move_into_place(partial: Path, folder: Path, *, overwrite: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         partial.rename(folder)
-    _flush_folder(folder.parent)
+    flush_folder(folder.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, as fsync does for a file's data.
 
     Some network file systems cannot, and need not: they are asked, not required to.

@@ -12,10 +12,30 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-from qllama.cli import chat, doctor, generate, inspect
+from qllama.cli import (
+    chat,
+    compare,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    perplexity,
+    quantize,
+    verify,
+)
 from qllama.cli.messages import complain, show_messages
 
-VERBS = {"generate": generate, "chat": chat, "inspect": inspect, "doctor": doctor}
+VERBS = {
+    "generate": generate,
+    "chat": chat,
+    "quantize": quantize,
+    "convert": convert,
+    "verify": verify,
+    "inspect": inspect,
+    "perplexity": perplexity,
+    "compare": compare,
+    "doctor": doctor,
+}
 
 # How JAX's errors begin that tell of the machine or its settings, not of a mistake in qllama.
 _MACHINE_ERRORS = ("RESOURCE_EXHAUSTED", "JAX finds no device")

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qllama.engine.buckets import bucket
@@ -65,8 +67,15 @@ class Engine:
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         """float32 logits `[T, V]` of every position of one text, int32 `[T]`."""
-        chunk = bucket(len(tokens), SMALLEST_CHUNK, largest=self.max_num_batched_tokens)
-        return self.runner.score(tokens, chunk)
+        return self.runner.score(tokens, self._scoring_chunk(tokens))
+
+    def hidden_states(self, tokens: np.ndarray) -> jax.Array:
+        """What lm_head reads of one text, int32 `[T]`: `[T, D]`."""
+        chunks = self.runner.hidden_states(tokens, self._scoring_chunk(tokens))
+        return jnp.concatenate(list(chunks))[: len(tokens)]
+
+    def _scoring_chunk(self, tokens: np.ndarray) -> int:
+        return bucket(len(tokens), SMALLEST_CHUNK, largest=self.max_num_batched_tokens)
 
     def _row_count(self, requests: Sequence[Request]) -> int:
         """As many rows as there is memory for, should all grow as long as the longest may."""

@@ -1,7 +1,8 @@
 """The compiled programs of a model and the device state they work on.
 
-Three programs: `prefill` reads a chunk of some prompts, `decode` runs several steps of all rows,
-`score` returns the logits of a whole chunk. Weights are arguments, cache and slots are donated;
+Four programs: `prefill` reads a chunk of some prompts, `decode` runs several steps of all rows,
+`hidden` reads a chunk of a text that nothing is to follow, `logits` takes that to the vocabulary.
+Weights are arguments, cache and slots are donated;
 each program is compiled once per static shape and kept.
 
 Legend: B cache rows, P rows of a prefill, T tokens of a chunk, V vocabulary.
@@ -236,21 +237,37 @@ class Runner:
                 places = [(int(t), row) for t in np.flatnonzero(ran[:, row])]
                 yield row, _burst(request, output, places)
 
-    def score(self, tokens: np.ndarray, chunk: int) -> np.ndarray:
-        """float32 logits `[T, V]` of one text, int32 `[T]`, read `chunk` tokens at a time."""
+    def hidden_states(self, tokens: np.ndarray, chunk: int) -> Iterator[jax.Array]:
+        """What lm_head reads of one text, int32 `[T]`: `[chunk, D]` at a time, the last padded."""
         capacity = bucket(len(tokens), chunk)
         cache = init_cache(self.config, 1, capacity, self.cache_dtype)
-        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
         for start in range(0, len(tokens), chunk):
             piece = tokens[start : start + chunk]
             padded = np.pad(piece, (0, chunk - len(piece)))[None]
             span = np.array([start, len(piece), len(tokens)], np.int32)
             context = bucket(start + chunk)
-            cache, part = self._call_model(
-                _score, cache, padded, span, donate=(1,), context=context
+            cache, hidden = self._call_model(
+                _hidden, cache, padded, span, donate=(1,), context=context
             )
-            logits[start : start + len(piece)] = np.asarray(part)[: len(piece)]
+            yield hidden
+
+    def score(self, tokens: np.ndarray, chunk: int) -> np.ndarray:
+        """float32 logits `[T, V]` of one text, int32 `[T]`, read `chunk` tokens at a time."""
+        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
+        for i, hidden in enumerate(self.hidden_states(tokens, chunk)):
+            rows = logits[i * chunk : (i + 1) * chunk]
+            rows[:] = np.asarray(self.logits(hidden))[: len(rows)]
         return logits
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 `[N, V]` of hidden states `[N, D]`."""
+        return self._call_model(_logits, hidden, donate=())
+
+    def without_layers(self) -> "Runner":
+        """A runner that can do nothing but `logits`, and holds no other weights."""
+        model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, self.leaves))
+        head = Llama(self.config, model.embed_tokens[...], [], model.norm, model.lm_head)
+        return Runner(head, cache_dtype=self.cache_dtype, steps=1, on_compile=self.on_compile)
 
     # -- details -------------------------------------------------------------------------------
 
@@ -435,14 +452,18 @@ def _decode(
     return cache, slots, ran, output
 
 
-def _score(
+def _hidden(
     model: Llama, cache: KVCache, tokens: jax.Array, span: jax.Array, *, context: int
 ) -> tuple[KVCache, jax.Array]:
     start, count, length = span
     steps = jnp.arange(tokens.shape[1])
     positions = jnp.where(steps < count, start + steps, cache.capacity)[None]
     hidden, cache = model(tokens, positions, cache, lengths=length[None], context=context)
-    return cache, model.logits(hidden[0])
+    return cache, hidden[0]
+
+
+def _logits(model: Llama, hidden: jax.Array) -> jax.Array:
+    return model.logits(hidden)
 
 
 def _bits_per_pass() -> int:

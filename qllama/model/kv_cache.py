@@ -15,6 +15,8 @@ from qllama_kernels.xla import for_product
 from qllama.config import LlamaConfig
 from qllama.quantization.activations import to_float8
 
+_MAX_SCORES = 1 << 28  # that attention computes at once, float32 each
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -81,7 +83,33 @@ def attend(
 
     The query at position p sees entries 0..p. Scores and softmax are float32. The scales of a
     float8 cache are applied to scores and sums, so no widened copy of the cache is scaled.
+
+    Where there would be very many scores, runs of queries take turns.
     """
+    batch, length, heads, _ = queries.shape
+    turns = -(-batch * heads * length * entries.shape[3] // _MAX_SCORES)
+    run = -(-length // turns)
+    if run >= length:
+        return _attend(queries, entries, positions, k_scale, v_scale)
+
+    def in_runs(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [runs, B, run, ...]
+        x = jnp.pad(x, [(0, 0), (0, -length % run)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, run, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(
+        lambda part: _attend(part[0], entries, part[1], k_scale, v_scale),
+        (in_runs(queries), in_runs(positions)),
+    )
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *queries.shape[2:])[:, :length]
+
+
+def _attend(
+    queries: jax.Array,
+    entries: jax.Array,
+    positions: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> jax.Array:
     batch, length, heads, head_dim = queries.shape
     kv_heads, capacity = entries.shape[2:4]
     grouped = for_product(queries)

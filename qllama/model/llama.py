@@ -36,6 +36,43 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * (wide * inverse).astype(x.dtype)
 
 
+def project_heads(
+    config: LlamaConfig, qkv_proj: MergedDense, x: jax.Array, rope: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, the first two rotated."""
+    q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in qkv_proj(x))
+    return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+
+def attention_context(
+    config: LlamaConfig,
+    qkv_proj: MergedDense,
+    x: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    positions: jax.Array,
+    layer: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    context: int | None = None,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What o_proj reads, `[B, T, N * H]`, and the cache of this layer, written."""
+    q, k, v = project_heads(config, qkv_proj, x, rope)
+    if layer is None:
+        entries = jnp.stack([k, v], axis=1).swapaxes(2, 3)  # [B, 2, K, T, H]
+        out = attend(q, entries, positions)
+    else:
+        if layer.dtype != jnp.float8_e4m3fn:
+            k_scale = v_scale = None
+        layer = write(layer, k, v, positions, rows, k_scale, v_scale)
+        entries = layer[:, :, :, :context]
+        if rows is not None:
+            entries = entries.at[rows].get(mode="fill", fill_value=0)
+        out = attend(q, entries, positions, k_scale, v_scale)
+    return out.reshape(*x.shape[:2], -1), layer
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -63,23 +100,25 @@ class Attention(nnx.Module):
         rows: jax.Array | None,
         context: int | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        head_dim = self.config.head_dim
-        q, k, v = (y.reshape(*x.shape[:2], -1, head_dim) for y in self.qkv_proj(x))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # [B, T, N, H], [B, T, K, H]
-        if layer is None:
-            entries = jnp.stack([k, v], axis=1).swapaxes(2, 3)  # [B, 2, K, T, H]
-            out = attend(q, entries, positions)
-        else:
-            k_scale = v_scale = None
-            if layer.dtype == jnp.float8_e4m3fn and self.k_scale is not None:
-                assert self.v_scale is not None
-                k_scale, v_scale = self.k_scale[...], self.v_scale[...]
-            layer = write(layer, k, v, positions, rows, k_scale, v_scale)
-            entries = layer[:, :, :, :context]
-            if rows is not None:
-                entries = entries.at[rows].get(mode="fill", fill_value=0)
-            out = attend(q, entries, positions, k_scale, v_scale)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), layer
+        attended, layer = attention_context(
+            self.config,
+            self.qkv_proj,
+            x,
+            rope,
+            positions,
+            layer,
+            rows,
+            context,
+            k_scale=None if self.k_scale is None else self.k_scale[...],
+            v_scale=None if self.v_scale is None else self.v_scale[...],
+        )
+        return self.o_proj(attended), layer
+
+
+def swiglu(gate_up_proj: MergedDense, x: jax.Array) -> jax.Array:
+    """What down_proj reads."""
+    gate, up = gate_up_proj(x)
+    return nnx.silu(gate) * up
 
 
 class MLP(nnx.Module):
@@ -90,8 +129,7 @@ class MLP(nnx.Module):
         self.down_proj = down_proj
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = self.gate_up_proj(x)
-        return self.down_proj(nnx.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj, x))
 
 
 class DecoderLayer(nnx.Module):

@@ -2,7 +2,8 @@
 
 Rules and arithmetic are those of compressed-tensors: the smallest scale that reaches the largest
 weight of its block, every intermediate result rounded to the weight's dtype. Both matter for the
-bits: with bfloat16 weights one code in a few hundred depends on the rounding of the quotient.
+bits: with bfloat16 weights one code in a few hundred depends on the rounding of the quotient. Only
+scales that would be subnormal numbers are made larger.
 
 Source: compressed-tensors `calculate_qparams`, `_quantize`.
 """
@@ -69,7 +70,10 @@ def quantize_rtn(
         scale = rounded(divide(jnp.maximum(-low, high), (largest - smallest) / 2))
     else:
         scale = rounded(divide(rounded(high - low), largest - smallest))
-    scale = jnp.where(scale == 0, float(jnp.finfo(weight.dtype).eps), scale)
+    kind = jnp.finfo(weight.dtype)
+    # A subnormal scale has lost bits, and is zero on many devices; blocks of zeros are no concern.
+    usable = jnp.maximum(scale, float(kind.smallest_normal))
+    scale = jnp.where(scale == 0, float(kind.eps), usable)
 
     codes = rounded(divide(blocks, scale))
     zero = None

@@ -16,7 +16,7 @@ from qllama.quantization.scheme import QuantScheme
 class LinearSpec:
     """How one Linear lies in a checkpoint, as far as the config tells."""
 
-    format: str  # "gptq", "awq", "fp8", "fbgemm_fp8", or a format name of compressed-tensors
+    format: str  # "gptq", "awq", "fp8", "fbgemm_fp8", "native", or a format of compressed-tensors
     scheme: QuantScheme
     act_order: bool = False  # columns belong to groups by a stored g_idx, which must be there
     zero_offset: int = 0  # GPTQ v1 stores zero points minus 1

@@ -1,14 +1,17 @@
 """What stands beside the codes: scales, zero points, group indices, input scales."""
 
 import numpy as np
+import numpy.typing as npt
 
 from qllama.quantization.qtensor import QTensor
 from qllama.quantization.scheme import QuantScheme
+from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 
 _SCALAR_SHAPES = ((), (1,), (1, 1))
 _EXPONENTS = ("F8_E8M0", "U8")
+_G_IDX = ("weight_g_idx", "g_idx")
 _CHUNK = 1 << 20  # elements looked at together: what is checked may be larger than memory
 
 
@@ -110,13 +113,18 @@ def write_static_input(weight: QTensor) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     if weight.input_scale is not None:
         scale = np.asarray(weight.input_scale).reshape(1)
-        with np.errstate(over="ignore"):
-            narrow = scale.astype(weight.scales.dtype)
-        exact = np.array_equal(narrow.astype(np.float32), scale)
-        arrays["input_scale"] = narrow if exact else scale
+        arrays["input_scale"] = narrowed(scale, weight.scales.dtype)
     if weight.input_zero is not None:
         arrays["input_zero_point"] = np.asarray(weight.input_zero).reshape(1)
     return arrays
+
+
+def narrowed(scales: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
+    """The scales in a float type where that changes no value, else as they are."""
+    with np.errstate(over="ignore"):
+        narrow = scales.astype(dtype)
+    exact = np.array_equal(narrow.astype(np.float32), scales.astype(np.float32))
+    return narrow if exact else scales
 
 
 def read_g_idx(
@@ -149,6 +157,18 @@ def read_g_idx(
             once=True,
         )
     return g_idx
+
+
+def is_reordered(
+    checkpoint: Checkpoint, path: str, scheme: QuantScheme, shape: tuple[int, ...]
+) -> bool:
+    """Whether a stored index puts the columns of a Linear in other groups than their own."""
+    suffix = next((s for s in _G_IDX if f"{path}.{s}" in checkpoint.tensors), None)
+    if suffix is None or scheme.group_size is None:
+        return False
+    g_idx = checkpoint.read(f"{path}.{suffix}")
+    initialised = (g_idx >= 0).all()  # compressed-tensors: -1 where no order was found
+    return bool(initialised) and not np.array_equal(g_idx, np.arange(shape[1]) // scheme.group_size)
 
 
 def refuse_nan(tensors: ModuleTensors, suffix: str, codes: np.ndarray) -> None:

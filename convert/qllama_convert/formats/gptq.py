@@ -19,7 +19,7 @@ from qllama.quantization.scheme import QuantScheme, WeightDtype
 from qllama_convert import bits
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import LinearSpec
-from qllama_convert.formats.companions import read_g_idx
+from qllama_convert.formats.companions import narrowed, read_g_idx
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 from qllama_convert.names import LM_HEAD
 from qllama_convert.patterns import Pattern, compile_pattern
@@ -91,7 +91,7 @@ def read(tensors: ModuleTensors, shape: tuple[int, int], spec: LinearSpec) -> QT
 def write(
     weight: QTensor, checkpoint_format: CheckpointFormat | None = None
 ) -> dict[str, np.ndarray]:
-    """The tensors of one Linear.
+    """The tensors of one Linear, scales in F16 where that is exact.
 
     Args:
         weight: int4 or int8, per group or channel, weight-only.
@@ -110,7 +110,7 @@ def write(
     return {
         "qweight": np.ascontiguousarray(words.T),
         "qzeros": bits.pack_words(zeros, scheme.bits),
-        "scales": np.ascontiguousarray(np.asarray(weight.scales).T),
+        "scales": np.ascontiguousarray(narrowed(np.asarray(weight.scales), np.float16).T),
         "g_idx": (columns if weight.g_idx is None else np.asarray(weight.g_idx)).astype(np.int32),
     }
 

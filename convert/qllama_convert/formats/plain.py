@@ -4,7 +4,7 @@ import numpy as np
 
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 
-_QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "weight_packed", "weight_scale_inv")
+_QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "weight_packed", "weight_scale_inv", "codes")
 
 
 def read(tensors: ModuleTensors, shape: tuple[int, int]) -> np.ndarray:

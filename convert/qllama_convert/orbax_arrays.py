@@ -1,0 +1,126 @@
+"""Weights kept by orbax, as arrays that are restored fast and onto any sharding.
+
+A tree of arrays by the parts of their names, `model.norm.weight` at `["model"]["norm"]["weight"]`,
+in zarr over OCDBT, not compressed: packed codes hardly shrink. `orbax.checkpoint` restores the
+folder as it stands; here single arrays are read, as a loader asks for them.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qllama.errors import CheckpointError
+from qllama_convert.safetensors_file import CODES, TensorEntry
+
+_ARRAY = "/.zarray"  # ends the key that describes an array
+
+
+class OrbaxArrays:
+    """One folder, opened: names, dtypes and shapes are known, no array has been read.
+
+    Raises:
+        CheckpointError: the folder is not what orbax writes.
+    """
+
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._arrays = _open_arrays(path)
+        except Exception as error:  # of whatever type tensorstore has for it
+            raise self._unreadable("its list of arrays", error) from error
+        self.tensors: dict[str, TensorEntry] = {}
+        for name, array in self._arrays.items():
+            dtype = array.dtype.numpy_dtype
+            if dtype not in CODES:
+                raise CheckpointError(f"{path}: {name} has dtype {dtype}, which is not read")
+            self.tensors[name] = TensorEntry(CODES[dtype], tuple(array.shape), 0, 0)
+
+    def read(self, name: str) -> np.ndarray:
+        """One array, from the disk.
+
+        Raises:
+            CheckpointError: its files are damaged.
+        """
+        try:
+            array = np.asarray(self._arrays[name].read().result())
+        except Exception as error:  # as above
+            raise self._unreadable(name, error) from error
+        array.flags.writeable = False
+        return array
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._arrays = {}
+
+    def _unreadable(self, what: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {what} cannot be read ({_first_line(error)}); the files are damaged or "
+            "incomplete, make or copy them again"
+        )
+
+
+def write_orbax(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write all of them, which are held in memory together, and flush them to the disk.
+
+    Raises:
+        ValueError: two names do not fit into one tree, or there are none.
+        OSError: as writing does; `path` may then be there in part.
+    """
+    import orbax.checkpoint as ocp
+
+    tree: dict[str, Any] = {}
+    for name, array in tensors:
+        *parents, last = name.split(".")
+        branch = tree
+        for key in parents:
+            branch = branch.setdefault(key, {})
+        if last in branch:
+            raise ValueError(f"{path.name}: tensor name {name} is taken")
+        branch[last] = array
+    if not tree:
+        raise ValueError("there are no tensors to write")
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree))
+    except ValueError as error:  # tensorstore's way to say that the disk is full
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code)) from error
+    for file in (file for file in path.rglob("*") if file.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _open_arrays(path: Path) -> dict[str, Any]:
+    """Name -> array of tensorstore, not read."""
+    import tensorstore
+
+    folder = {"driver": "file", "path": f"{path.resolve()}/"}
+    store = {"driver": "ocdbt", "base": folder}
+    context = tensorstore.Context()  # shared, so that the index is read once
+    keys = tensorstore.KvStore.open(store, context=context).result().list().result()
+    names = sorted(
+        key.decode().removesuffix(_ARRAY) for key in keys if key.decode().endswith(_ARRAY)
+    )
+    opening = {
+        name: tensorstore.open(
+            {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}, context=context, open=True
+        )
+        for name in names
+    }
+    return {name: array.result() for name, array in opening.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]

@@ -1,0 +1,70 @@
+"""What is remembered of the inputs of Linears, and of keys and values."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qllama.gptq.hessian import Hessian, accumulate
+from qllama.quantization.activations import FP8_MAX
+
+# Such a share of tokens that are not finite means that something is broken.
+MAX_BAD_SHARE = 1e-3
+
+
+@dataclass(kw_only=True)
+class InputObserver:
+    """Looks at one input of K features, batch after batch, and never waits for the device."""
+
+    hessian: Hessian | None  # None: not wanted
+    absmax: jax.Array | None  # float32 [K], the largest magnitude of each feature; None: not wanted
+    bad: jax.Array | None = None  # int32 [], tokens that were not finite, left out of both
+    tokens: int = 0  # padding included
+
+    @classmethod
+    def of(cls, k: int, *, hessian: bool, absmax: bool) -> "InputObserver | None":
+        """For inputs of `k` features; None where nothing is wanted."""
+        if not hessian and not absmax:
+            return None
+        return cls(
+            hessian=Hessian.zeros(k) if hessian else None,
+            absmax=jnp.zeros(k, jnp.float32) if absmax else None,
+            bad=jnp.zeros((), jnp.int32),
+        )
+
+    def see(self, x: jax.Array, mask: jax.Array) -> None:
+        """Add `x [B, T, K]`, whose tokens count where `mask [B, T]` is True."""
+        self.tokens += mask.size
+        if self.absmax is not None:
+            self.absmax, self.bad = _widen(self.absmax, self.bad, x, mask)
+        if self.hessian is not None:
+            self.hessian = accumulate(self.hessian, x, mask)
+            self.bad = self.hessian.dropped
+
+    def ready(self) -> None:
+        """Wait for the device."""
+        jax.block_until_ready((self.hessian, self.absmax, self.bad))
+
+
+@jax.jit
+def _widen(
+    absmax: jax.Array, bad: jax.Array, x: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    size = jnp.abs(x.astype(jnp.float32))
+    finite = jnp.isfinite(jnp.sum(size, axis=-1))
+    size = jnp.where((mask & finite)[..., None], size, 0.0)
+    return (
+        jnp.maximum(absmax, jnp.max(size, axis=(0, 1))),
+        bad + jnp.sum(mask & ~finite, dtype=jnp.int32),
+    )
+
+
+def fp8_scale(absmax: np.ndarray | jax.Array | float) -> np.float32:
+    """The scale that takes the largest magnitude to the largest float8_e4m3 number.
+
+    1.0 for what was nothing but zeros, and never a subnormal number, which devices flush to zero.
+    """
+    largest = np.float32(np.max(np.asarray(absmax, np.float32)))
+    scale = largest / np.float32(FP8_MAX)
+    return np.maximum(scale, np.finfo(np.float32).tiny) if largest > 0 else np.float32(1.0)
