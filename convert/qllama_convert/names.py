@@ -70,6 +70,14 @@ def embedding_shape(config: LlamaConfig) -> tuple[int, int]:
     return config.vocab_size, config.hidden_size
 
 
+def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Path -> shape of every weight but those of norms; the head only where it is not tied."""
+    shapes = {EMBED_TOKENS: embedding_shape(config), **linear_shapes(config)}
+    if config.tie_word_embeddings:
+        del shapes[LM_HEAD]
+    return shapes
+
+
 def is_derived(name: str) -> bool:
     """Whether a tensor is computed from the config, so that a loader drops it without a word."""
     module, suffix = split_name(name)
