@@ -18,7 +18,7 @@ from qllama.errors import CheckpointError
 from qllama.model.dense import Dense, MergedDense, QuantDense, make_dense
 from qllama.model.llama import MLP, Attention, DecoderLayer, Llama, RMSNorm
 from qllama.parallel.layers import RowParallel, ShardedLlama
-from qllama.parallel.mesh import make_mesh
+from qllama.parallel.mesh import MODEL, make_mesh
 from qllama.parallel.placement import place
 from qllama.parallel.sharding import (
     local_config,
@@ -241,11 +241,16 @@ class _Builder:
         bias = None if linear.bias is None else shard_bias(linear.bias, part)
         return LinearWeights(shard_weight(linear.weight, part), bias)
 
-    def layer(self, linear: LinearWeights) -> Dense | QuantDense:
+    def layer(self, linear: LinearWeights, axis_name: str | None = None) -> Dense | QuantDense:
         bias = None if linear.bias is None else jnp.asarray(linear.bias)
         weight = jax.tree.map(jnp.asarray, linear.weight)
         return make_dense(
-            weight, bias, dtype=self.dtype, backend=self.backend, semantics=self.semantics
+            weight,
+            bias,
+            dtype=self.dtype,
+            backend=self.backend,
+            semantics=self.semantics,
+            axis_name=axis_name,
         )
 
     def merged(self) -> list[MergedDense]:
@@ -270,7 +275,9 @@ class _Builder:
             if self.size == 1:
                 return self.layer(mine)
             bias = None if mine.bias is None else self.cast(mine.bias)
-            return RowParallel(self.layer(LinearWeights(mine.weight, None)), bias)
+            # vLLM's kernels see their own columns only; the other library knows no devices.
+            axis_name = MODEL if self.semantics == "compressed-tensors" else None
+            return RowParallel(self.layer(LinearWeights(mine.weight, None), axis_name), bias)
 
         return self.place(of_device)
 

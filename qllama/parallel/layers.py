@@ -21,8 +21,9 @@ def all_reduce(x: jax.Array) -> jax.Array:
 class RowParallel(nnx.Module):
     """A Linear whose input columns are spread over the devices: partial products, then their sum.
 
-    `dense` holds this device's columns and no bias; `bias` `[N]` is added to the sum. A quantized
-    input is quantized by each device for its own columns, as in vLLM.
+    `dense` holds this device's columns and no bias; `bias` `[N]` is added to the sum. An input
+    that is quantized is so by each device for its own columns, as in vLLM, unless `dense` has an
+    `axis_name`.
     """
 
     def __init__(self, dense: Dense | QuantDense, bias: jax.Array | None = None) -> None:
