@@ -133,13 +133,14 @@ class LLM:
         folder = resolve(demo.model_path() if model is None else model, revision)
         with open_checkpoint(folder) as checkpoint:
             self.config = LlamaConfig.from_hf(checkpoint.config)
-            self.quantization = parse_quantization(checkpoint, linear_shapes(self.config))
+            _check_max_model_len(max_model_len, self.config)
+            shapes = linear_shapes(self.config)
+            self.quantization = parse_quantization(checkpoint, shapes)
             self.tokenizer = _tokenizer(folder, tokenizer, self.config.vocab_size)
             self.eos_token_ids = _eos_token_ids(checkpoint, self.config, self.tokenizer)
             self.default_sampling_params = _default_sampling_params(checkpoint)
             self.dtype = compute_dtype(dtype, self.config.dtype)
             self.kv_cache_dtype = _kv_cache_dtype(kv_cache_dtype, self.dtype, self.quantization)
-            shapes = linear_shapes(self.config)
             specs = self.quantization.linears if self.quantization else {}
             schemes = {path: spec.scheme for path, spec in specs.items()}
             check_split(self.config, shapes, schemes, tensor_parallel_size)
@@ -465,15 +466,17 @@ def _kv_cache_dtype(
     return jnp.dtype(jnp.float8_e4m3fn) if requested.startswith("fp8") else jnp.dtype(requested)
 
 
+def _check_max_model_len(requested: int | None, config: LlamaConfig) -> None:
+    if requested is not None and requested > config.max_model_len:
+        raise ValueError(
+            f"max_model_len={requested} is more than the model's {config.max_model_len}; its "
+            "positions were trained (or scaled) to no more"
+        )
+
+
 def _max_model_len(requested: int | None, config: LlamaConfig, max_cache_tokens: int) -> int:
     """The user's wish, or the model's maximum, if a cache of that length fits into memory."""
-    longest = config.max_model_len
-    if requested is not None and requested > longest:
-        raise ValueError(
-            f"max_model_len={requested} is more than the model's {longest}; its positions were "
-            "trained (or scaled) to no more"
-        )
-    wanted = requested or longest
+    wanted = requested or config.max_model_len
     if wanted <= max_cache_tokens:
         return wanted
     if requested is not None or max_cache_tokens < 1:

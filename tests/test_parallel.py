@@ -18,6 +18,7 @@ from qllama_convert.names import weight_shapes
 from test_golden import all_logits, assert_near, quantizes_activations, tolerances
 
 from qllama import LLM, SamplingParams
+from qllama.engine import runner
 from qllama.engine.replicas import spread
 from qllama.engine.request import Request
 from qllama.model.dense import make_dense
@@ -182,12 +183,11 @@ def test_requests_go_where_the_fewest_tokens_are() -> None:
 def test_an_error_of_one_replica_ends_the_run(wide: Callable[[str], Path]) -> None:
     with LLM(wide("W4A16"), dtype="float32", data_parallel_size=2) as llm:
         greedy(llm)
-        runner = llm._engines[1].runner
 
         def fail() -> None:
             raise RuntimeError("lost a device")
 
-        runner.decode = fail
+        llm._engines[1].runner.decode = fail
         with pytest.raises(RuntimeError, match="lost a device"):
             greedy(llm)
 
@@ -204,6 +204,23 @@ def test_a_decode_step_sums_twice_a_layer_and_gathers_once(tiny_llama3) -> None:
     assert collectives.count("all-gather") == 1
     assert len(collectives) == 2 * layers + 2
     assert " conditional(" not in text
+
+
+@pytest.mark.parametrize("kind", ["ct_w4a16_g128", "ct_w8a8_int8"])
+def test_a_sharded_decode_step_lowers_for_gpus(tiny_llama3, kind: str) -> None:
+    """Each device packed its own parts; the kernels run on them inside the `shard_map`."""
+    with LLM(tiny_llama3(kind), dtype="bfloat16", backend="pallas", tensor_parallel_size=2) as llm:
+        run = llm._engines[0].runner
+        run.reset(8, runner.Features())
+        run.reserve(128)
+        step = functools.partial(runner._decode, steps=8, features=runner.Features())
+        step.__name__ = "decode"
+        arguments = (run.leaves, run.cache, run.slots, np.ones(8, bool))
+        jitted = run._jit(run._with_leaves(step), arguments, (1, 2), None)
+        text = jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    # One for each shape; the parts of q|k|v and of down are both 256x256.
+    assert text.count("@mosaic_gpu_v2") == 3
+    assert text.count("stablehlo.all_reduce") == 2 * llm.config.num_hidden_layers + 1
 
 
 def test_each_device_holds_its_part_and_no_more(wide: Callable[[str], Path]) -> None:

@@ -324,7 +324,11 @@ class Runner:
 
         It returns the cache first; what else it returns is the same on every device.
         """
+        program = self._with_leaves(function)
+        cache, others = self._call(program, self.leaves, *arguments, **options)
+        return cache, *others
 
+    def _with_leaves(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def with_leaves(leaves: list[jax.Array], *arguments: Any, **static: Any) -> Any:
             model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
             with jax.default_matmul_precision(self.precision):
@@ -332,8 +336,7 @@ class Runner:
             return cache, others
 
         with_leaves.__name__ = function.__name__
-        cache, others = self._call(with_leaves, self.leaves, *arguments, **options)
-        return cache, *others
+        return with_leaves
 
     def _call(
         self,
@@ -351,19 +354,27 @@ class Runner:
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
         key = (name, shapes, *static.values())
         if key not in self.programs:
-            program: Any = functools.partial(function, **static)
-            if over is None and self.mesh.size > 1:
-                program = jax.shard_map(
-                    program,
-                    mesh=self.mesh,
-                    in_specs=partition_specs(arguments),
-                    out_specs=(self.cached.spec, PartitionSpec()),
-                    check_vma=False,  # the kernels say nothing of how their results vary
-                )
-            jitted = jax.jit(program, donate_argnums=donate, out_shardings=over)
+            jitted = self._jit(functools.partial(function, **static), arguments, donate, over)
             with self.on_compile(name):
                 self.programs[key] = jitted.lower(*arguments).compile()
         return self.programs[key](*arguments)
+
+    def _jit(
+        self,
+        program: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        donate: tuple[int, ...],
+        over: NamedSharding | None,
+    ) -> Any:
+        if over is None and self.mesh.size > 1:
+            program = jax.shard_map(
+                program,
+                mesh=self.mesh,
+                in_specs=partition_specs(arguments),
+                out_specs=(self.cached.spec, PartitionSpec()),
+                check_vma=False,  # the kernels say nothing of how their results vary
+            )
+        return jax.jit(program, donate_argnums=donate, out_shardings=over)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "vocab_size", "features", "over"))

@@ -7,6 +7,7 @@ split by their outputs, layers that write to it by their inputs, so that only th
 summed over the devices.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -91,7 +92,7 @@ def part_of(
         return replace(
             every, rows=slice(heads.start * config.head_dim, heads.stop * config.head_dim)
         )
-    step = VOCABULARY_ROWS * rows // np.gcd(VOCABULARY_ROWS, rows)
+    step = math.lcm(VOCABULARY_ROWS, rows)
     piece = -(-n // (size * step)) * step
     return replace(every, rows=slice(rank * piece, (rank + 1) * piece))
 
