@@ -1,6 +1,7 @@
 """The devices of this process: set up once, before JAX starts, and how much memory they have."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -44,16 +45,25 @@ def compute_dtype(requested: str, stored: str) -> jnp.dtype:
     return jnp.dtype(requested)
 
 
-def free_memory() -> int:
-    """Bytes that a key-value cache may take, the weights being in place.
+def device_memory(devices: Sequence[jax.Device]) -> int:
+    """Bytes that arrays may still take on each of `devices`.
 
-    On a GPU: what JAX may allocate and has not, less a workspace. On a CPU: half of what the
-    system calls available, since other programs live there too.
+    On a GPU: what JAX may allocate and has not, less a workspace. On a CPU: an equal share of what
+    the system calls available.
     """
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"] - WORKSPACE
-    return available_host_memory() // 2
+    statistics = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in found for found in statistics):
+        return min(f["bytes_limit"] - f["bytes_in_use"] for f in statistics) - WORKSPACE
+    return available_host_memory() // len(devices)
+
+
+def free_memory(devices: Sequence[jax.Device]) -> int:
+    """Bytes on each of `devices` that a key-value cache may take, the weights being in place.
+
+    On a CPU half of what there is, since other programs live there too.
+    """
+    free = device_memory(devices)
+    return free // 2 if devices[0].platform == "cpu" else free
 
 
 def peak_memory() -> int:

@@ -1,5 +1,6 @@
 """`LLM`: a checkpoint, loaded, and all that a user does with it. Names and meanings are vLLM's."""
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,22 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from qllama_convert.checkpoint import Checkpoint, open_checkpoint
 from qllama_convert.hub import TOKENIZER_FILES, resolve
-from qllama_convert.loader import load_model
-from qllama_convert.names import linear_shapes
+from qllama_convert.loader import load_replicas
+from qllama_convert.names import linear_shapes, weight_shapes
 from qllama_convert.quantization_config import Quantization, parse_quantization
 from qllama_kernels.dispatch import check_backend
 
 from qllama import demo
 from qllama.completion import Job
 from qllama.config import DTYPES, LlamaConfig, token_ids
-from qllama.device import compute_dtype, free_memory, set_up_devices
+from qllama.device import compute_dtype, device_memory, free_memory, set_up_devices
 from qllama.engine.engine import Engine
+from qllama.engine.replicas import run_together
 from qllama.engine.request import Request
 from qllama.engine.runner import Runner
 from qllama.engine.sampling_params import SamplingParams, bad_word_ids
 from qllama.errors import CheckpointError
-from qllama.model.kv_cache import cache_bytes
 from qllama.outputs import RequestOutput
+from qllama.parallel.memory import check_memory, plan_memory
+from qllama.parallel.mesh import make_mesh, replicas
+from qllama.parallel.processes import smallest
+from qllama.parallel.sharding import check_split
 from qllama.progress import progress_bar, waiting_for
 from qllama.quantization.activations import Semantics
 from qllama.tokenizer import encode_chat, encode_prompt, load_tokenizer
@@ -47,6 +52,7 @@ class LLM:
         config: the model's architecture.
         tokenizer: the transformers tokenizer; None where the folder has none.
         quantization: how the checkpoint is quantized; None where it is not.
+        mesh: the devices, axes "data" (replicas) and "model" (parts of each weight).
         max_model_len: tokens a sequence may have, prompt and output.
         eos_token_ids: tokens that end a sequence.
     """
@@ -98,22 +104,19 @@ class LLM:
 
         Raises:
             CheckpointError: anything wrong with the folder.
-            ValueError: an argument out of range.
-            NotImplementedError: a backend or a parallel run that is not available.
+            ValueError: an argument out of range, a model that cannot be split like that, too few
+                devices or too little memory.
+            NotImplementedError: a backend that is not available.
         """
         check_backend(backend)
         _check_choice("dtype", dtype, ("auto", *DTYPES))
         _check_choice("kv_cache_dtype", kv_cache_dtype, KV_CACHE_DTYPES)
         _check_choice("activation_semantics", activation_semantics, get_args(Semantics))
-        for name, size in (
-            ("tensor_parallel_size", tensor_parallel_size),
-            ("data_parallel_size", data_parallel_size),
-        ):
-            if size != 1:
-                raise NotImplementedError(f"{name}={size}: only 1 is available so far")
         if speculative is not None:
             raise NotImplementedError("speculative decoding is not available so far")
         for name, value in (
+            ("tensor_parallel_size", tensor_parallel_size),
+            ("data_parallel_size", data_parallel_size),
             ("max_model_len", max_model_len),
             ("max_num_seqs", max_num_seqs),
             ("max_num_batched_tokens", max_num_batched_tokens),
@@ -130,17 +133,36 @@ class LLM:
         folder = resolve(demo.model_path() if model is None else model, revision)
         with open_checkpoint(folder) as checkpoint:
             self.config = LlamaConfig.from_hf(checkpoint.config)
-            self.quantization = parse_quantization(checkpoint, linear_shapes(self.config))
+            _check_max_model_len(max_model_len, self.config)
+            shapes = linear_shapes(self.config)
+            self.quantization = parse_quantization(checkpoint, shapes)
             self.tokenizer = _tokenizer(folder, tokenizer, self.config.vocab_size)
             self.eos_token_ids = _eos_token_ids(checkpoint, self.config, self.tokenizer)
             self.default_sampling_params = _default_sampling_params(checkpoint)
             self.dtype = compute_dtype(dtype, self.config.dtype)
             self.kv_cache_dtype = _kv_cache_dtype(kv_cache_dtype, self.dtype, self.quantization)
+            specs = self.quantization.linears if self.quantization else {}
+            schemes = {path: spec.scheme for path, spec in specs.items()}
+            check_split(self.config, shapes, schemes, tensor_parallel_size)
+            self.mesh = make_mesh(tensor_parallel_size, data_parallel_size)
+            plan = plan_memory(
+                self.config,
+                weight_shapes(self.config),
+                schemes,
+                size=tensor_parallel_size,
+                dtype=self.dtype,
+                cache_dtype=self.kv_cache_dtype,
+                dequantized=backend == "auto" and not on_gpu,
+            )
+            devices = self.mesh.local_devices
+            check_memory(plan, device_memory(devices), tokens=max_model_len or 1)
+            meshes = replicas(self.mesh)
             with progress_bar("Loading", self.config.num_hidden_layers) as advance:
-                self.model = load_model(
+                models = load_replicas(
                     checkpoint,
                     self.config,
                     self.quantization,
+                    meshes,
                     dtype=self.dtype,
                     backend=backend,
                     semantics=cast(Semantics, activation_semantics),
@@ -150,22 +172,26 @@ class LLM:
         self.seed = seed
         self._ordinals = itertools.count()
 
-        token_bytes = cache_bytes(self.config, self.kv_cache_dtype)
-        max_cache_tokens = max(free_memory() // token_bytes, 0)
+        self.model = models[0]
+        max_cache_tokens = smallest(max(free_memory(devices) // plan.cache_per_token, 0))
         self.max_model_len = _max_model_len(max_model_len, self.config, max_cache_tokens)
         budget = max_num_batched_tokens or (2048 if on_gpu else 512)
-        self._engine = Engine(
-            Runner(
-                self.model,
-                cache_dtype=self.kv_cache_dtype,
-                steps=8 if on_gpu else 4,
-                on_compile=lambda name: waiting_for(f"Compiling {name} (kept for the next time)"),
-            ),
-            max_model_len=self.max_model_len,
-            max_num_seqs=max_num_seqs or (256 if on_gpu else 32),
-            max_num_batched_tokens=1 << (budget.bit_length() - 1),
-            max_cache_tokens=max_cache_tokens,
-        )
+        self._engines = [
+            Engine(
+                Runner(
+                    model,
+                    cache_dtype=self.kv_cache_dtype,
+                    steps=8 if on_gpu else 4,
+                    mesh=mesh,
+                    on_compile=_say_compiling if mesh is meshes[0] else contextlib.nullcontext,
+                ),
+                max_model_len=self.max_model_len,
+                max_num_seqs=max_num_seqs or (256 if on_gpu else 32),
+                max_num_batched_tokens=1 << (budget.bit_length() - 1),
+                max_cache_tokens=max_cache_tokens,
+            )
+            for model, mesh in zip(models, meshes, strict=True)
+        ]
 
     def generate(
         self,
@@ -238,7 +264,7 @@ class LLM:
         Raises:
             ValueError: no token, too many, or one outside the vocabulary.
         """
-        return self._engine.score(self._check_length(token_ids))
+        return self._engines[0].score(self._check_length(token_ids))
 
     def hidden_states(self, token_ids: Sequence[int] | np.ndarray) -> jax.Array:
         """What lm_head reads, `[T, hidden_size]` in the compute dtype, where `logits` gives its
@@ -247,18 +273,18 @@ class LLM:
         Raises:
             ValueError: as `logits`.
         """
-        return self._engine.hidden_states(self._check_length(token_ids))
+        return self._engines[0].hidden_states(self._check_length(token_ids))
 
     def head(self) -> Callable[[jax.Array], jax.Array]:
         """The function from hidden states `[N, hidden_size]` to float32 logits `[N, vocab_size]`.
 
         It goes on working after `close`, and keeps no weights but its own.
         """
-        return self._engine.runner.without_layers().logits
+        return self._engines[0].runner.without_layers().logits
 
     def close(self) -> None:
         """Let go of weights and cache. The LLM cannot be used afterwards."""
-        del self._engine, self.model
+        del self._engines, self.model
 
     def __enter__(self) -> "LLM":
         return self
@@ -375,12 +401,12 @@ class LLM:
         jobs = self._jobs(encoded, sampling_params)
         requests = [request for job in jobs for request in job.requests]
         with progress_bar("Generating", len(requests), show=use_tqdm) as advance:
-            for request in self._engine.run(requests):
+            for request in run_together(self._engines, requests):
                 advance(1 if request.finish_reason else 0)
         return [job.output() for job in jobs]
 
     def _stream(self, job: Job) -> Iterator[RequestOutput]:
-        for request in self._engine.run(job.requests):
+        for request in run_together(self._engines, job.requests):
             yield job.news(request)
 
 
@@ -404,6 +430,10 @@ def generate(
         return model.generate(prompts, sampling_params)
     with LLM(model, **llm_kwargs) as llm:
         return llm.generate(prompts, sampling_params)
+
+
+def _say_compiling(name: str) -> contextlib.AbstractContextManager[None]:
+    return waiting_for(f"Compiling {name} (kept for the next time)")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -455,15 +485,17 @@ def _kv_cache_dtype(
     return jnp.dtype(jnp.float8_e4m3fn) if requested.startswith("fp8") else jnp.dtype(requested)
 
 
+def _check_max_model_len(requested: int | None, config: LlamaConfig) -> None:
+    if requested is not None and requested > config.max_model_len:
+        raise ValueError(
+            f"max_model_len={requested} is more than the model's {config.max_model_len}; its "
+            "positions were trained (or scaled) to no more"
+        )
+
+
 def _max_model_len(requested: int | None, config: LlamaConfig, max_cache_tokens: int) -> int:
     """The user's wish, or the model's maximum, if a cache of that length fits into memory."""
-    longest = config.max_model_len
-    if requested is not None and requested > longest:
-        raise ValueError(
-            f"max_model_len={requested} is more than the model's {longest}; its positions were "
-            "trained (or scaled) to no more"
-        )
-    wanted = requested or longest
+    wanted = requested or config.max_model_len
     if wanted <= max_cache_tokens:
         return wanted
     if requested is not None or max_cache_tokens < 1:

@@ -143,7 +143,7 @@ def test_a_spoiled_tokenizer_is_refused_or_used(bases: Any, folder: Path) -> Non
 
     def use(llm: LLM) -> None:
         """Read a prompt and write an answer, as generation_config.json says."""
-        llm._engine = donor._engine  # the model is the same, and its programs are compiled
+        llm._engines = donor._engines  # the model is the same, and its programs are compiled
         if llm.tokenizer is not None:
             (output,) = llm.generate("the cat", None)
             assert output.outputs[0].token_ids

@@ -1,19 +1,32 @@
-"""From an opened checkpoint to a model on the device, one Linear at a time.
+"""From an opened checkpoint to a model on its devices, one Linear at a time.
 
 Strict: every tensor is read or known to be unneeded, and every value that can be checked is.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 
 from qllama.config import LlamaConfig
 from qllama.errors import CheckpointError
 from qllama.model.dense import Dense, MergedDense, QuantDense, make_dense
 from qllama.model.llama import MLP, Attention, DecoderLayer, Llama, RMSNorm
+from qllama.parallel.layers import RowParallel, ShardedLlama
+from qllama.parallel.mesh import MODEL, make_mesh
+from qllama.parallel.placement import place
+from qllama.parallel.sharding import (
+    local_config,
+    part_of,
+    shard_bias,
+    shard_kv_scales,
+    shard_weight,
+)
 from qllama.quantization.activations import Semantics
 from qllama.quantization.qtensor import QTensor, stack_rows
 from qllama_convert.checkpoint import Checkpoint
@@ -32,6 +45,14 @@ from qllama_convert.names import (
 )
 from qllama_convert.quantization_config import Quantization
 
+_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""The Linears of a decoder layer in the order they are read; those that share an input together."""
+
 
 def load_model(
     checkpoint: Checkpoint,
@@ -46,7 +67,8 @@ def load_model(
     """Build the model of `checkpoint`, its arrays on the default device.
 
     Args:
-        checkpoint: open; its tensors are read lazily, host memory holds one layer at most.
+        checkpoint: open; its tensors are read lazily, host memory holds the Linears of one input
+            and those of the next at most.
         config: of the model, from the checkpoint's config.json.
         quantization: how its Linears lie, from `parse_quantization`; None: all float.
         dtype: the compute dtype; float weights are cast to it.
@@ -57,20 +79,56 @@ def load_model(
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong dtype or shape, not finite.
     """
-    build = _Builder(checkpoint, config, quantization, dtype, backend, semantics)
-    embed_tokens = build.array(EMBED_TOKENS, embedding_shape(config))
-    layers = []
-    for i in range(config.num_hidden_layers):
-        layers.append(build.decoder_layer(layer_path(i)))
-        # Else the host would run ahead and hold what many layers are made of.
-        jax.block_until_ready(nnx.state(layers[-1]))
-        on_layer(i + 1)
-    norm = build.norm("model.norm")
-    lm_head = build.lm_head(embed_tokens)
-    build.finish()
-    model = Llama(config, embed_tokens, layers, norm, lm_head)
-    jax.block_until_ready(nnx.state(model))
+    (model,) = load_replicas(
+        checkpoint,
+        config,
+        quantization,
+        [make_mesh()],
+        dtype=dtype,
+        backend=backend,
+        semantics=semantics,
+        on_layer=on_layer,
+    )
     return model
+
+
+def load_replicas(
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+    quantization: Quantization | None,
+    meshes: Sequence[Mesh],
+    *,
+    dtype: jnp.dtype | type,
+    backend: str = "auto",
+    semantics: Semantics = "vllm",
+    on_layer: Callable[[int], None] = lambda done: None,
+) -> list[Llama]:
+    """As `load_model`, one model for each of `meshes`; the checkpoint is read once.
+
+    Args:
+        meshes: one row each and alike, see `qllama.parallel.mesh.replicas`. Over several devices,
+            each receives its part of every weight and no more, and the model runs inside a
+            `shard_map`; see `qllama.parallel.sharding.check_split` for what cannot be split.
+    """
+    build = _Builder(checkpoint, config, quantization, meshes, dtype, backend, semantics)
+    with contextlib.closing(build):
+        embed_tokens = build.embedding()
+        layers: list[list[DecoderLayer]] = []
+        for i in range(config.num_hidden_layers):
+            layers.append(build.decoder_layer(layer_path(i)))
+            # Else the host would run ahead and hold what many layers are made of.
+            jax.block_until_ready(layers[-1])
+            on_layer(i + 1)
+        norm = build.norm("model.norm")
+        lm_head = build.lm_head(embed_tokens)
+        build.finish()
+    kind = ShardedLlama if build.size > 1 else Llama
+    models = [
+        kind(build.config, embed_tokens[i], [layer[i] for layer in layers], norm[i], lm_head[i])
+        for i in range(len(meshes))
+    ]
+    jax.block_until_ready(models)
+    return models
 
 
 def read_model_linear(
@@ -91,98 +149,173 @@ def read_model_linear(
 
 
 class _Builder:
-    """What every step of the building needs, held once."""
+    """What every step of the building needs, held once. Its steps make one module a replica."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         config: LlamaConfig,
         quantization: Quantization | None,
+        meshes: Sequence[Mesh],
         dtype: jnp.dtype | type,
         backend: str,
         semantics: Semantics,
     ) -> None:
         self.checkpoint = checkpoint
-        self.config = config
+        self.whole = config
         self.quantization = quantization
+        self.meshes = meshes
         self.dtype = dtype
         self.backend = backend
         self.semantics: Semantics = semantics
         self.shapes = linear_shapes(config)
+        self.size = meshes[0].size
+        self.config = local_config(config, self.size)  # of what one device runs
+        self.ahead: Generator[dict[str, LinearWeights]] = _look_ahead(self.read_layers())
 
-    def decoder_layer(self, path: str) -> DecoderLayer:
-        attn, mlp = f"{path}.self_attn", f"{path}.mlp"
-        scales = read_kv_scales(
-            self.checkpoint, self.quantization, attn, self.config.num_key_value_heads
-        )
-        k_scale, v_scale = jax.tree.map(jnp.asarray, scales)
-        return DecoderLayer(
-            Attention(
-                self.config,
-                self.merged([f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj"]),
-                self.dense(f"{attn}.o_proj"),
-                k_scale,
-                v_scale,
-            ),
-            MLP(
-                self.merged([f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
-                self.dense(f"{mlp}.down_proj"),
-            ),
-            self.norm(f"{path}.input_layernorm"),
-            self.norm(f"{path}.post_attention_layernorm"),
-        )
+    def close(self) -> None:
+        """Read no further."""
+        self.ahead.close()
 
-    def norm(self, path: str) -> RMSNorm:
-        return RMSNorm(self.array(path, (self.config.hidden_size,)), self.config.rms_norm_eps)
+    # -- reading, on the host --------------------------------------------------------------------
 
-    def array(self, path: str, shape: tuple[int, ...]) -> jax.Array:
-        """The float `weight` of the module at `path`, in the compute dtype, on the device."""
-        weight = ModuleTensors(self.checkpoint, path).read_floats("weight", shape)
-        return jnp.asarray(weight).astype(self.dtype)  # in this order, or numpy makes a copy
-
-    def dense(self, path: str) -> Dense | QuantDense:
-        return self.layer(self.read(path))
+    def read_layers(self) -> Iterator[dict[str, LinearWeights]]:
+        """The Linears of all decoder layers, those with one input together, by path."""
+        for i in range(self.whole.num_hidden_layers):
+            for group in _GROUPS:
+                paths = [f"{layer_path(i)}.{name}" for name in group]
+                yield {path: self.read(path) for path in paths}
 
     def read(self, path: str) -> LinearWeights:
-        return read_model_linear(self.checkpoint, self.config, self.quantization, path)
+        return read_model_linear(self.checkpoint, self.whole, self.quantization, path)
 
-    def layer(self, linear: LinearWeights) -> Dense | QuantDense:
+    # -- building, on the devices ----------------------------------------------------------------
+
+    def place[T](self, build: Callable[[int], T]) -> list[T]:
+        return [place(build, mesh) for mesh in self.meshes]
+
+    def embedding(self) -> list[jax.Array]:
+        shape = embedding_shape(self.whole)
+        table = ModuleTensors(self.checkpoint, EMBED_TOKENS).read_floats("weight", shape)
+
+        def of_device(rank: int) -> jax.Array:
+            part = part_of(self.whole, EMBED_TOKENS, shape, rank, self.size)
+            return self.cast(shard_weight(table, part))
+
+        return self.place(of_device)
+
+    def decoder_layer(self, path: str) -> list[DecoderLayer]:
+        scales = read_kv_scales(
+            self.checkpoint,
+            self.quantization,
+            f"{path}.self_attn",
+            self.whole.num_key_value_heads,
+        )
+        kv_scales = self.place(
+            lambda rank: [
+                None
+                if (part := shard_kv_scales(self.whole, scale, rank, self.size)) is None
+                else jnp.asarray(part)
+                for scale in scales
+            ]
+        )
+        qkv, o = self.merged(), self.row_parallel()
+        gate_up, down = self.merged(), self.row_parallel()
+        before, after = (
+            self.norm(f"{path}.{name}") for name in ("input_layernorm", "post_attention_layernorm")
+        )
+        return [
+            DecoderLayer(
+                Attention(self.config, qkv[i], o[i], *kv_scales[i]),
+                MLP(gate_up[i], down[i]),
+                before[i],
+                after[i],
+            )
+            for i in range(len(self.meshes))
+        ]
+
+    def norm(self, path: str) -> list[RMSNorm]:
+        weight = ModuleTensors(self.checkpoint, path).read_floats(
+            "weight", (self.whole.hidden_size,)
+        )
+        return self.place(lambda rank: RMSNorm(self.cast(weight), self.whole.rms_norm_eps))
+
+    def cast(self, array: np.ndarray) -> jax.Array:
+        """A float weight on the device, in the compute dtype."""
+        return jnp.asarray(array).astype(self.dtype)  # in this order, or numpy makes a copy
+
+    def shard(self, path: str, linear: LinearWeights, rank: int) -> LinearWeights:
+        """What device `rank` holds of a Linear; of one split by its inputs, the whole bias."""
+        scheme = linear.weight.scheme if isinstance(linear.weight, QTensor) else None
+        rows = scheme.block_size[0] if scheme is not None and scheme.block_size else 1
+        part = part_of(self.whole, path, self.shapes[path], rank, self.size, rows)
+        bias = None if linear.bias is None else shard_bias(linear.bias, part)
+        return LinearWeights(shard_weight(linear.weight, part), bias)
+
+    def layer(self, linear: LinearWeights, axis_name: str | None = None) -> Dense | QuantDense:
         bias = None if linear.bias is None else jnp.asarray(linear.bias)
         weight = jax.tree.map(jnp.asarray, linear.weight)
         return make_dense(
-            weight, bias, dtype=self.dtype, backend=self.backend, semantics=self.semantics
+            weight,
+            bias,
+            dtype=self.dtype,
+            backend=self.backend,
+            semantics=self.semantics,
+            axis_name=axis_name,
         )
 
-    def merged(self, paths: Sequence[str]) -> MergedDense:
-        linears = [self.read(path) for path in paths]
-        sizes = [self.shapes[path][0] for path in paths]
-        stacked = _stack(linears)
-        if stacked is not None:
-            return MergedDense([self.layer(stacked)], sizes)
-        parts = [self.layer(linear) for linear in linears]
-        return MergedDense(parts, sizes)
+    def merged(self) -> list[MergedDense]:
+        """The next Linears, which share an input, as one."""
+        linears = next(self.ahead)
 
-    def lm_head(self, embed_tokens: jax.Array) -> Dense | QuantDense | None:
+        def of_device(rank: int) -> MergedDense:
+            mine = [self.shard(path, linear, rank) for path, linear in linears.items()]
+            sizes = [linear.weight.shape[0] for linear in mine]
+            stacked = _stack(mine)
+            return MergedDense([self.layer(m) for m in ([stacked] if stacked else mine)], sizes)
+
+        return self.place(of_device)
+
+    def row_parallel(self) -> list[Any]:
+        """The next Linear, which writes to the residual stream: `RowParallel` over several devices,
+        else as it is."""
+        ((path, linear),) = next(self.ahead).items()
+
+        def of_device(rank: int) -> Dense | QuantDense | RowParallel:
+            mine = self.shard(path, linear, rank)
+            if self.size == 1:
+                return self.layer(mine)
+            bias = None if mine.bias is None else self.cast(mine.bias)
+            # vLLM's kernels see their own columns only; the other library knows no devices.
+            axis_name = MODEL if self.semantics == "compressed-tensors" else None
+            return RowParallel(self.layer(LinearWeights(mine.weight, None), axis_name), bias)
+
+        return self.place(of_device)
+
+    def lm_head(self, embed_tokens: list[jax.Array]) -> Sequence[Dense | QuantDense | None]:
         """None where the head is the embedding."""
+        tied = [None] * len(self.meshes)
         stored = ModuleTensors(self.checkpoint, LM_HEAD).suffixes
         if not stored:
-            if not self.config.tie_word_embeddings:
+            if not self.whole.tie_word_embeddings:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: lm_head.weight is missing and "
                     "tie_word_embeddings is false in config.json"
                 )
-            return None
-        head = self.dense(LM_HEAD)
-        if not self.config.tie_word_embeddings or isinstance(head, QuantDense):
-            return head
-        if "weight" in stored and jnp.array_equal(head.weight[...], embed_tokens):
-            return None
+            return tied
+        linear = self.read(LM_HEAD)
+        heads = self.place(lambda rank: self.layer(self.shard(LM_HEAD, linear, rank)))
+        head = heads[0]
+        if not self.whole.tie_word_embeddings or isinstance(head, QuantDense):
+            return heads
+        if "weight" in stored and jnp.array_equal(head.weight[...], embed_tokens[0]):
+            return tied
         if stored == {"weight"}:
             self.checkpoint.warn(
                 "lm_head.weight differs from model.embed_tokens.weight although "
                 "tie_word_embeddings is true; the stored head is used"
             )
-        return head
+        return heads
 
     def finish(self) -> None:
         """Raise for tensors that nobody asked for."""
@@ -192,6 +325,16 @@ class _Builder:
                 f"{self.checkpoint.folder}: {len(unread)} unexpected tensors: {first_few(unread)}; "
                 "they belong to no module of this Llama as its config.json describes it"
             )
+
+
+def _look_ahead[T](items: Iterator[T]) -> Generator[T]:
+    """`items`, each made by a thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, items, end)
+        while (item := ahead.result()) is not end:
+            ahead = pool.submit(next, items, end)
+            yield cast(T, item)
 
 
 def _stack(linears: Sequence[LinearWeights]) -> LinearWeights | None:

@@ -98,6 +98,14 @@ def module_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm": norms["model.norm"], LM_HEAD: linears[LM_HEAD]}
 
 
+def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Path -> shape of every weight but those of norms; the head only where it is not tied."""
+    shapes = {EMBED_TOKENS: embedding_shape(config), **linear_shapes(config)}
+    if config.tie_word_embeddings:
+        del shapes[LM_HEAD]
+    return shapes
+
+
 def is_derived(name: str) -> bool:
     """Whether a tensor is computed from the config, so that a loader drops it without a word."""
     module, suffix = split_name(name)

@@ -9,6 +9,7 @@ Nothing that takes time is imported before a verb runs: `qllama --help` starts n
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
@@ -24,6 +25,7 @@ from qllama.cli import (
     verify,
 )
 from qllama.cli.messages import complain, show_messages
+from qllama.cli.processes import joined, leave, lost_process, together
 
 VERBS = {
     "generate": generate,
@@ -49,24 +51,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     with show_messages(verbose=arguments.verbose):
         try:
+            code = _run(arguments)
+        except Exception:
+            if joined():
+                traceback.print_exc()
+                leave(1)
+            raise
+    if code and joined():
+        leave(code)
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the verb; what it raises becomes a line and an exit code."""
+    try:
+        with together(arguments):
             arguments.run(arguments)
-            sys.stdout.flush()
-        except KeyboardInterrupt:
-            return 130
-        except BrokenPipeError:
-            _discard(sys.stdout)
-            return 141
-        except (ValueError, NotImplementedError) as error:
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        return 141
+    except (ValueError, NotImplementedError) as error:
+        complain(error, verbose=arguments.verbose)
+        return 2
+    except OSError as error:
+        complain(error, verbose=arguments.verbose)
+        return 1
+    except RuntimeError as error:
+        if joined():
+            complain(lost_process(error), verbose=arguments.verbose)
+        elif any(words in str(error) for words in _MACHINE_ERRORS):
             complain(error, verbose=arguments.verbose)
-            return 2
-        except OSError as error:
-            complain(error, verbose=arguments.verbose)
-            return 1
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _MACHINE_ERRORS):
-                raise
-            complain(error, verbose=arguments.verbose)
-            return 1
+        else:
+            raise
+        return 1
     return 0
 
 

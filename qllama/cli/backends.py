@@ -39,8 +39,11 @@ def describe(layer: Any, *, quantized: bool) -> str:
     from qllama_kernels.dispatch import has_kernel
 
     from qllama.model.dense import DequantizedDense, QuantDense
+    from qllama.parallel.layers import RowParallel
 
     platform = jax.default_backend()
+    if isinstance(layer, RowParallel):
+        layer = layer.dense
     if isinstance(layer, QuantDense):
         backend = layer.backend
         if backend == "auto":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qllama.cli.devices import Link, Plan, link_rows, links, plan, plan_rows
 from qllama.cli.tables import in_units, table
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Diagnosis:
     host_memory: int  # bytes available
     devices: tuple[Device, ...]
     device_error: str | None  # why JAX has no devices
+    links: tuple[Link, ...]  # between GPUs
+    plan: Plan | None  # of the model that was asked about
     backends: tuple[SchemeBackend, ...]
     compile_cache: CompileCache | None  # None: switched off
     memory_settings: dict[str, str | None]
@@ -86,10 +89,32 @@ class Diagnosis:
 
 def configure_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="write one JSON object")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="say how this checkpoint would lie on the devices"
+    )
+    parser.add_argument(
+        "-tp",
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --model: devices that each weight is split over (default: 1)",
+    )
+    parser.add_argument(
+        "-dp",
+        "--data-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --model: replicas of the model (default: 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     found = diagnose()
+    if args.model is not None and found.devices:
+        layout = plan(args.model, args.tensor_parallel_size, args.data_parallel_size)
+        found = dataclasses.replace(found, plan=layout)
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
@@ -110,6 +135,7 @@ def diagnose() -> Diagnosis:
         error = str(found)
     compile_cache = _compile_cache()
     driver = _driver()
+    connections = links()
     return Diagnosis(
         versions={name: _version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
@@ -121,10 +147,12 @@ def diagnose() -> Diagnosis:
         host_memory=available_host_memory(),
         devices=devices,
         device_error=error,
+        links=connections,
+        plan=None,
         backends=tuple(_backends()) if devices else (),
         compile_cache=compile_cache,
         memory_settings=set_by_user,
-        findings=tuple(findings(devices, driver, compile_cache, set_by_user)),
+        findings=tuple(findings(devices, driver, compile_cache, set_by_user, connections)),
     )
 
 
@@ -233,6 +261,7 @@ def findings(
     driver: str | None,
     cache: CompileCache | None,
     memory: dict[str, str | None],
+    connections: tuple[Link, ...] = (),
 ) -> Iterator[Finding]:
     import jax
 
@@ -259,6 +288,13 @@ def findings(
                 problem=f"{kind} (compute capability {capability}) has no FP8 units",
                 remedy="prefer W4A16 and W8A8 checkpoints to FP8 ones on it",
             )
+    apart = [f"{link.first}-{link.second}" for link in connections if not link.is_nvlink]
+    if apart and len(gpus) > 1:
+        yield Finding(
+            problem=f"no NVLink between {', '.join(apart)}: sums over them cross PCIe, twice a "
+            "layer and token",
+            remedy="prefer data_parallel_size where the model fits on one GPU",
+        )
     if cache is None:
         yield Finding(
             problem="compiled programs are not kept, so every start compiles them again",
@@ -300,8 +336,10 @@ def report(found: Diagnosis) -> str:
         if device.memory:
             facts.append(f"{in_units(device.memory)} for JAX")
         rows.append([f"  {device.platform}:{i}", ", ".join(facts)])
+    rows += link_rows(found.links)
     if found.device_error:
         rows.append(["  no devices", found.device_error])
+    rows += plan_rows(found.plan) if found.plan else []
     rows.append(["backend chosen by 'auto'"])
     rows += [[f"  {b.scheme}", b.how] for b in found.backends]
     rows += [["  because", why] for why in dict.fromkeys(b.why for b in found.backends)]

@@ -11,10 +11,12 @@ from qllama.cli.answers import chat_prompt, check_finite, write_stream
 from qllama.cli.options import (
     add_engine_options,
     add_model,
+    add_process_options,
     add_sampling_options,
     load_llm,
     sampling_params,
 )
+from qllama.cli.processes import several
 
 if TYPE_CHECKING:
     from qllama.llm import LLM
@@ -57,6 +59,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> None:
         help="completions of the prompt; several are numbered, and written when all are complete",
     )
     add_engine_options(parser)
+    add_process_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,6 +67,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--system is part of a conversation: it needs --chat")
     if args.echo and (args.json or args.chat):
         raise ValueError("--echo is for plain prompts written as text: leave --json and --chat out")
+    if args.prompt == "-" and several(args):
+        raise ValueError(
+            "-p - reads stdin, which not every process of a run has; give the prompt itself"
+        )
     text = _prompt_text(args.prompt)
     started = time.monotonic()
     llm = load_llm(args)

@@ -66,6 +66,32 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="devices that each weight is split over (default: 1)",
     )
+    group.add_argument(
+        "-dp",
+        "--data-parallel-size",
+        type=int,
+        default=_UNSET,
+        metavar="N",
+        help="replicas of the model that share a batch, each on devices of its own (default: 1)",
+    )
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """How this process finds the others of its run, where there are several."""
+    group = parser.add_argument_group(
+        "several processes",
+        "Start the same command in every process, on one host or many; process 0 talks.",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="the address where process 0 listens"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find all that in the environment of SLURM, Open MPI or Kubernetes",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +146,7 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         "backend",
         "activation_semantics",
         "tensor_parallel_size",
+        "data_parallel_size",
     )
     return LLM(args.model, revision=args.revision, **_given(args, names))
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qllama.engine.buckets import bucket
 from qllama.engine.request import Burst, Request, TopLogprobs
@@ -35,6 +36,8 @@ from qllama.engine.sampler import (
 )
 from qllama.model.kv_cache import KVCache, grow_cache, init_cache
 from qllama.model.llama import Llama
+from qllama.parallel.mesh import make_mesh, replicated
+from qllama.parallel.placement import cache_sharding, partition_specs
 
 PROMPT_LOGPROBS_BLOCK = 64  # positions whose logits exist at a time
 
@@ -106,18 +109,24 @@ class Runner:
         *,
         cache_dtype: jnp.dtype | type,
         steps: int,
+        mesh: Mesh | None = None,
         on_compile: Callable[[str], contextlib.AbstractContextManager[Any]] = (
             lambda name: contextlib.nullcontext()
         ),
     ) -> None:
         """
         Args:
-            model: on the device.
+            model: on its devices.
             cache_dtype: of the key-value cache.
             steps: decode steps in one dispatch.
+            mesh: of one replica, the one the model was loaded onto; None: the first device. Over
+                several devices every program runs inside one `shard_map`: each device with its own
+                heads and cache, all of them with the same slots.
             on_compile: a context entered around each compilation, given the program's name.
         """
-        self.config = model.config
+        self.mesh = make_mesh() if mesh is None else mesh
+        self.cached = cache_sharding(self.mesh)
+        self.config = model.config  # of what one device holds
         self.cache_dtype = cache_dtype
         self.steps = steps
         self.on_compile = on_compile
@@ -140,19 +149,16 @@ class Runner:
         self.rows = [None] * rows
         if self.cache is not None and self.cache.layers[0].shape[0] != rows:
             self.cache = None
-        penalties = None
-        if features.variant == "full":
-            penalties = Penalties.neutral(rows, self.config.vocab_size, features.bad_words)
-        token, length, limit = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-        sampling = SamplingState.neutral(rows, features.num_stop_ids)
-        self.slots = Slots(token, length, limit, sampling, penalties)
+        self.slots = _free_slots(rows, self.config.vocab_size, features, replicated(self.mesh))
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in every row."""
         if self.cache is None:
-            self.cache = init_cache(self.config, len(self.rows), capacity, self.cache_dtype)
+            self.cache = self._init_cache(len(self.rows), capacity)
         elif self.cache.capacity < capacity:
-            self.cache = self._call(grow_cache, self.cache, donate=(), capacity=capacity)
+            self.cache = self._call(
+                grow_cache, self.cache, donate=(), over=self.cached, capacity=capacity
+            )
 
     def admit(self, requests: Mapping[int, Request]) -> None:
         """Give `requests` the free rows they are keyed by."""
@@ -162,7 +168,9 @@ class Runner:
         settings += settings[:1] * padding
         rows = np.array([*requests, *[len(self.rows)] * padding], np.int32)
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *settings)
-        self.slots = self._call(_set_rows, self.slots, rows, stacked, donate=(0,))
+        self.slots = self._call(
+            _set_rows, self.slots, rows, stacked, donate=(0,), over=replicated(self.mesh)
+        )
         for row, request in requests.items():
             self.rows[row] = request
 
@@ -170,7 +178,8 @@ class Runner:
         """Free a row; `clear` where NaN may lie in its cache: the next tenant must not meet it."""
         self.rows[row] = None
         if clear and self.cache is not None:
-            self.cache = KVCache(tuple(layer.at[row].set(0) for layer in self.cache.layers))
+            row_id = np.int32(row)
+            self.cache = self._call(_clear_row, self.cache, row_id, donate=(0,), over=self.cached)
 
     def prefill(self, rows: Sequence[int], start: int, size: int) -> Iterator[tuple[int, Burst]]:
         """Read prompt tokens `start` to `start + size` of the requests in `rows`.
@@ -240,7 +249,7 @@ class Runner:
     def hidden_states(self, tokens: np.ndarray, chunk: int) -> Iterator[jax.Array]:
         """What lm_head reads of one text, int32 `[T]`: `[chunk, D]` at a time, the last padded."""
         capacity = bucket(len(tokens), chunk)
-        cache = init_cache(self.config, 1, capacity, self.cache_dtype)
+        cache = self._init_cache(1, capacity)
         for start in range(0, len(tokens), chunk):
             piece = tokens[start : start + chunk]
             padded = np.pad(piece, (0, chunk - len(piece)))[None]
@@ -261,13 +270,20 @@ class Runner:
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 `[N, V]` of hidden states `[N, D]`."""
-        return self._call_model(_logits, hidden, donate=())
+        _, logits = self._call_model(_logits, hidden, donate=())
+        return logits
 
     def without_layers(self) -> "Runner":
         """A runner that can do nothing but `logits`, and holds no other weights."""
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, self.leaves))
-        head = Llama(self.config, model.embed_tokens[...], [], model.norm, model.lm_head)
-        return Runner(head, cache_dtype=self.cache_dtype, steps=1, on_compile=self.on_compile)
+        head = type(model)(self.config, model.embed_tokens[...], [], model.norm, model.lm_head)
+        return Runner(
+            head,
+            cache_dtype=self.cache_dtype,
+            steps=1,
+            mesh=self.mesh,
+            on_compile=self.on_compile,
+        )
 
     # -- details -------------------------------------------------------------------------------
 
@@ -322,29 +338,82 @@ class Runner:
             last_tokens=last_tokens,
         )
 
-    def _call_model(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """`function(model, *arguments)`, the weights an argument of the compiled program."""
+    def _init_cache(self, rows: int, capacity: int) -> KVCache:
+        return init_cache(
+            self.config, rows, capacity, self.cache_dtype, copies=self.mesh.size, over=self.cached
+        )
 
+    def _call_model(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """`function(model, *arguments)`, the weights an argument of the compiled program.
+
+        It returns the cache first; what else it returns is the same on every device.
+        """
+        program = self._with_leaves(function)
+        cache, others = self._call(program, self.leaves, *arguments, **options)
+        return cache, *others
+
+    def _with_leaves(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def with_leaves(leaves: list[jax.Array], *arguments: Any, **static: Any) -> Any:
             model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
             with jax.default_matmul_precision(self.precision):
-                return function(model, *arguments, **static)
+                cache, *others = function(model, *arguments, **static)
+            return cache, others
 
         with_leaves.__name__ = function.__name__
-        return self._call(with_leaves, self.leaves, *arguments, **options)
+        return with_leaves
 
     def _call(
-        self, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...], **static: Any
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        donate: tuple[int, ...],
+        over: NamedSharding | None = None,
+        **static: Any,
     ) -> Any:
-        """`function(*arguments, **static)`, compiled once per shapes and static values."""
+        """`function(*arguments, **static)`, compiled once per shapes and static values.
+
+        What it returns lies as `over` says; None: it is a program of the model.
+        """
         name = function.__name__.strip("_")
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
         key = (name, shapes, *static.values())
         if key not in self.programs:
-            jitted = jax.jit(functools.partial(function, **static), donate_argnums=donate)
+            jitted = self._jit(functools.partial(function, **static), arguments, donate, over)
             with self.on_compile(name):
                 self.programs[key] = jitted.lower(*arguments).compile()
         return self.programs[key](*arguments)
+
+    def _jit(
+        self,
+        program: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        donate: tuple[int, ...],
+        over: NamedSharding | None,
+    ) -> Any:
+        if over is None and self.mesh.size > 1:
+            program = jax.shard_map(
+                program,
+                mesh=self.mesh,
+                in_specs=partition_specs(arguments),
+                out_specs=(self.cached.spec, PartitionSpec()),
+                check_vma=False,  # the kernels say nothing of how their results vary
+            )
+        return jax.jit(program, donate_argnums=donate, out_shardings=over)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "vocab_size", "features", "over"))
+def _free_slots(rows: int, vocab_size: int, features: Features, over: NamedSharding) -> Slots:
+    penalties = None
+    if features.variant == "full":
+        penalties = Penalties.neutral(rows, vocab_size, features.bad_words)
+    token, length, limit = (jnp.zeros(rows, jnp.int32) for _ in range(3))
+    sampling = SamplingState.neutral(rows, features.num_stop_ids)
+    slots = Slots(token, length, limit, sampling, penalties)
+    return jax.lax.with_sharding_constraint(slots, over)
+
+
+def _clear_row(cache: KVCache, row: jax.Array) -> KVCache:
+    return jax.tree.map(lambda layer: layer.at[row].set(0), cache)
 
 
 def _set_rows(slots: Slots, rows: jax.Array, values: Slots) -> Slots:
@@ -462,8 +531,8 @@ def _hidden(
     return cache, hidden[0]
 
 
-def _logits(model: Llama, hidden: jax.Array) -> jax.Array:
-    return model.logits(hidden)
+def _logits(model: Llama, hidden: jax.Array) -> tuple[None, jax.Array]:
+    return None, model.logits(hidden)
 
 
 def _bits_per_pass() -> int:

@@ -118,7 +118,7 @@ def place(config: LlamaConfig, tokens: int, dtype: jnp.dtype) -> Placement:
     # Of the solver: Hessian, its symmetric form, factor and what makes it; weights, errors, codes.
     solver = max(6 * 4 * f * f + 5 * 4 * d * f, 6 * 4 * d * d + 5 * 4 * 2 * d * f)
     batch = 4 * tokens_per_batch() * (d + queries + 3 * f)
-    room = free_memory() - solver - batch
+    room = free_memory(jax.local_devices()[:1]) - solver - batch
     streams = tokens * (d + queries) * dtype.itemsize
     with_swiglu = streams + tokens * f * dtype.itemsize
     on_host = jax.default_backend() == "cpu"  # no other memory to turn to

@@ -50,11 +50,13 @@ class QuantDense(nnx.Module):
         *,
         backend: str = "auto",
         semantics: Semantics = "vllm",
+        axis_name: str | None = None,
     ) -> None:
         self.weight = QuantParam(weight)
         self.bias = None if bias is None else nnx.Param(bias)
         self.backend = backend
         self.semantics: Semantics = semantics
+        self.axis_name = axis_name
 
     @property
     def out_features(self) -> int:
@@ -71,6 +73,7 @@ class QuantDense(nnx.Module):
                 input_scale=weight.input_scale,
                 input_zero=weight.input_zero,
                 semantics=self.semantics,
+                axis_name=self.axis_name,
             )
         return quantized_matmul(
             x,
@@ -106,12 +109,14 @@ class DequantizedDense(Dense):
         input_scale: Array | None = None,
         input_zero: Array | None = None,
         semantics: Semantics = "vllm",
+        axis_name: str | None = None,
     ) -> None:
         super().__init__(weight, bias)
         self.activations = activations
         self.input_scale = None if input_scale is None else nnx.Variable(input_scale)
         self.input_zero = None if input_zero is None else nnx.Variable(input_zero)
         self.semantics: Semantics = semantics
+        self.axis_name = axis_name
 
     def __call__(self, x: jax.Array, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
         codes, scale, zero = quantize_activations(
@@ -120,6 +125,7 @@ class DequantizedDense(Dense):
             input_scale=None if self.input_scale is None else self.input_scale[...],
             input_zero=None if self.input_zero is None else self.input_zero[...],
             semantics=self.semantics,
+            axis_name=self.axis_name,
         )
         out_dtype = out_dtype or x.dtype
         return super().__call__(dequantize_input(codes, scale, zero).astype(x.dtype), out_dtype)
@@ -150,6 +156,7 @@ def make_dense(
     dtype: jnp.dtype | type,
     backend: str = "auto",
     semantics: Semantics = "vllm",
+    axis_name: str | None = None,
 ) -> Dense | QuantDense:
     """The layer that runs `weight` on the present device.
 
@@ -162,6 +169,7 @@ def make_dense(
             with kernels, "auto" packs the weight for its kernel if it has one; "pallas" and
             "interpret" insist on one.
         semantics: of activation quantization.
+        axis_name: see `qllama.quantization.activations.quantize_activations`.
 
     Raises:
         NotImplementedError: `backend` names the kernels, and there is none for this weight.
@@ -171,7 +179,7 @@ def make_dense(
         return Dense(weight.astype(dtype), bias)
     if backend != "auto" or jax.default_backend() == "gpu":
         weight = _laid_out(weight, jnp.dtype(dtype), backend)
-        return QuantDense(weight, bias, backend=backend, semantics=semantics)
+        return QuantDense(weight, bias, backend=backend, semantics=semantics, axis_name=axis_name)
     activations = weight.scheme.activations
     if activations is None:
         return Dense(weight.dequantize(dtype), bias)
@@ -182,6 +190,7 @@ def make_dense(
         input_scale=weight.input_scale,
         input_zero=weight.input_zero,
         semantics=semantics,
+        axis_name=axis_name,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from qllama_kernels.xla import for_product
 
 from qllama.config import LlamaConfig
@@ -31,10 +32,22 @@ class KVCache:
         return self.layers[0].shape[3]
 
 
-def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype | type) -> KVCache:
-    """An empty cache, zeroed: attention multiplies masked entries by zero, so none may be NaN."""
-    shape = (batch, 2, config.num_key_value_heads, capacity, config.head_dim)
-    return KVCache(tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)))
+def init_cache(
+    config: LlamaConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype | type,
+    *,
+    copies: int = 1,
+    over: Sharding | None = None,
+) -> KVCache:
+    """An empty cache, zeroed: attention multiplies masked entries by zero, so none may be NaN.
+
+    `copies` is how many devices hold the heads of `config` each, `over` how the whole lies there.
+    """
+    shape = (batch, 2, copies * config.num_key_value_heads, capacity, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return KVCache(tuple(jnp.zeros(shape, dtype, device=over) for _ in layers))
 
 
 def cache_bytes(config: LlamaConfig, dtype: jnp.dtype | type) -> int:

@@ -202,7 +202,7 @@ class Llama(nnx.Module):
             context: attend to so many cache entries at most (static); None: all.
         """
         rope = rotary_embedding(self.config, positions, lengths)
-        x = self.embed_tokens[...][tokens]
+        x = self.embed(tokens)
         written: list[Any] = []
         for i, decoder in enumerate(self.layers):
             layer: Any = None if cache is None else cache.layers[i]
@@ -210,6 +210,10 @@ class Llama(nnx.Module):
             if layer is not None:
                 written.append(layer)
         return self.norm(x), None if cache is None else KVCache(tuple(written))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """The rows of `embed_tokens` for int32 `[...]` token ids: `[..., D]`."""
+        return self.embed_tokens[...][tokens]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 `[..., V]`. Never rounded to the compute dtype: that would make greedy ties."""

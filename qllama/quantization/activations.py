@@ -34,6 +34,7 @@ def quantize_activations(
     input_scale: jax.Array | None = None,
     input_zero: jax.Array | None = None,
     semantics: Semantics = "vllm",
+    axis_name: str | None = None,
 ) -> QuantizedInput:
     """Quantize `x [..., K]` as `scheme` says.
 
@@ -43,6 +44,8 @@ def quantize_activations(
         input_scale: float32 scalar, the calibrated scale of a static scheme.
         input_zero: int8 scalar, the calibrated zero point of an asymmetric static scheme.
         semantics: see the module.
+        axis_name: of the mesh, where K is spread over devices and a token's range is to be that of
+            its whole row; None: that of `x`.
 
     Source: vLLM `int8_quant_kernels.cu` and `input_quant_fp8.py`.
     """
@@ -50,12 +53,12 @@ def quantize_activations(
     x = x.astype(jnp.float32)
     exact = semantics == "compressed-tensors"
     if scheme.dtype == "int8":
-        return _to_int8(x, scheme, input_scale, input_zero, eps if exact else None)
+        return _to_int8(x, scheme, input_scale, input_zero, eps if exact else None, axis_name)
     if scheme.dynamic:
         groups = x
         if scheme.group_size is not None:
             groups = x.reshape(*x.shape[:-1], -1, scheme.group_size)
-        absmax = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+        absmax = _largest(jnp.abs(groups), None if scheme.group_size is not None else axis_name)
         if scheme.upper_bound is not None:
             absmax = jnp.minimum(absmax, scheme.upper_bound)
         if exact:
@@ -85,6 +88,7 @@ def _to_int8(
     input_scale: jax.Array | None,
     input_zero: jax.Array | None,
     eps: float | None,
+    axis_name: str | None,
 ) -> QuantizedInput:
     """`eps` is the scale of an all-zero row under compressed-tensors' semantics, else None."""
     zero = None
@@ -94,7 +98,7 @@ def _to_int8(
         zero = None if input_zero is None else input_zero.astype(jnp.int32)
         codes = jnp.round(divide(x, scale))
     elif scheme.symmetric:
-        absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        absmax = _largest(jnp.abs(x), axis_name)
         if eps is None:
             scale = absmax / 127.0
             codes = jnp.round(x * jnp.where(absmax > 0, 127.0 / absmax, 0.0))
@@ -103,8 +107,8 @@ def _to_int8(
             scale = jnp.where(scale == 0, eps, scale)
             codes = jnp.round(jnp.clip(divide(x, scale), -128.0, 127.0))
     else:
-        low = jnp.minimum(jnp.min(x, axis=-1, keepdims=True), 0.0)
-        high = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), 0.0)
+        low = jnp.minimum(-_largest(-x, axis_name), 0.0)
+        high = jnp.maximum(_largest(x, axis_name), 0.0)
         scale = divide(high - low, 255.0)
         scale = jnp.where(scale == 0, 1.0 if eps is None else eps, scale)
         zero = jnp.clip(jnp.round(-128.0 - divide(low, scale)), -128, 127).astype(jnp.int32)
@@ -112,6 +116,12 @@ def _to_int8(
     if zero is not None:
         codes = codes + zero.astype(jnp.float32)
     return QuantizedInput(jnp.clip(codes, -128, 127).astype(jnp.int8), scale, zero)
+
+
+def _largest(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """The largest of each row, `[..., 1]`; of its parts on all devices of a mesh axis."""
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    return largest if axis_name is None else jax.lax.pmax(largest, axis_name)
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:

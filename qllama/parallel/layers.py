@@ -1,0 +1,54 @@
+"""Layers that talk to the other devices. They run inside a `shard_map` over the axis "model".
+
+All else of the model is what one device would run, with its own heads and its own slice of the MLP;
+the residual stream is whole on every device.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qllama.model.dense import Dense, QuantDense
+from qllama.model.llama import Llama
+from qllama.parallel.mesh import MODEL
+
+
+def all_reduce(x: jax.Array) -> jax.Array:
+    """The sum of `x` over the devices of a replica, on each of them."""
+    return jax.lax.psum(x, MODEL)
+
+
+class RowParallel(nnx.Module):
+    """A Linear whose input columns are spread over the devices: partial products, then their sum.
+
+    `dense` holds this device's columns and no bias; `bias` `[N]` is added to the sum. An input
+    that is quantized is so by each device for its own columns, as in vLLM, unless `dense` has an
+    `axis_name`.
+    """
+
+    def __init__(self, dense: Dense | QuantDense, bias: jax.Array | None = None) -> None:
+        self.dense = dense
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
+        out = all_reduce(self.dense(x, out_dtype))
+        if self.bias is None:
+            return out
+        biased = out.astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return biased.astype(out.dtype)
+
+
+class ShardedLlama(Llama):
+    """A Llama of which this device holds a part; the vocabulary too is divided."""
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        table = self.embed_tokens[...]
+        rows = tokens - jax.lax.axis_index(MODEL) * table.shape[0]
+        here = (rows >= 0) & (rows < table.shape[0])
+        found = table[jnp.where(here, rows, 0)]
+        return all_reduce(jnp.where(here[..., None], found, 0))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        part = super().logits(hidden)
+        whole = jax.lax.all_gather(part, MODEL, axis=part.ndim - 1, tiled=True)
+        return whole[..., : self.config.vocab_size]

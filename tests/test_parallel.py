@@ -1,0 +1,303 @@
+"""Runs over several devices: what one device gives, in parts, with no more talk than needed."""
+
+import functools
+import itertools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import bench_scripts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drafts import read_tensors
+from jax.sharding import PartitionSpec
+from qllama_convert.names import weight_shapes
+from test_golden import all_logits, assert_near, quantizes_activations, tolerances
+
+from qllama import LLM, SamplingParams
+from qllama.engine import runner
+from qllama.engine.replicas import spread
+from qllama.engine.request import Request
+from qllama.model.dense import make_dense
+from qllama.parallel.layers import RowParallel
+from qllama.parallel.memory import plan_memory
+from qllama.parallel.mesh import make_mesh
+from qllama.parallel.placement import partition_specs, place
+from qllama.parallel.sharding import Part, shard_weight
+from qllama.quantization.activations import quantize_activations
+from qllama.quantization.rtn import quantize_rtn
+from qllama.quantization.scheme import PRESETS
+
+# Each simulated warpgroup waits in a thread of XLA's pool, which has one for each core.
+os.environ.setdefault("NPROC", "16")
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (5, 17, 9)]
+
+# 8 heads over 4 key-value heads, one layer; the vocabulary does not divide by 4.
+SHAPE = {
+    "head_dim": 64,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+    "vocab_size": 998,
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random checkpoint that splits over four devices, of a scheme of make_checkpoint."""
+    folder = tmp_path_factory.mktemp("wide")
+    make = bench_scripts.load("make_checkpoint").random_checkpoint
+
+    @functools.cache
+    def checkpoint(scheme: str) -> Path:
+        return make(folder / scheme, shape=SHAPE, scheme=scheme)
+
+    return checkpoint
+
+
+def greedy(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ct_w4a16_g128",
+        "gptq_w4_g128_desc_act",
+        "gptq_w4_g128_no_desc_act_asym",
+        "ct_w8a16",
+        "ct_w8a8_int8",
+        "ct_fp8_static_kv_fp8",
+        "ct_fp8_dynamic",
+        "ct_fp8_block",
+    ],
+)
+def test_two_devices_give_the_golden_logits(tiny_llama3, kind: str) -> None:
+    folder = tiny_llama3(kind)
+    golden = read_tensors(folder / "expected.safetensors")
+    logits = {}
+    for size in (1, 2):
+        with LLM(
+            folder,
+            dtype="float32",
+            tensor_parallel_size=size,
+            activation_semantics="compressed-tensors",
+        ) as llm:
+            logits[size] = all_logits(llm, golden)
+    expected = np.concatenate([golden[f"logits_{i}"] for i in range(3)])
+    assert_near(logits[2], expected, tolerances(folder)["logits_fp32_compute"])
+    if not quantizes_activations(folder):
+        np.testing.assert_allclose(logits[2], logits[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "gptq-desc-act", "W8A8", "FP8_DYNAMIC"])
+def test_four_devices_give_what_one_gives(wide: Callable[[str], Path], scheme: str) -> None:
+    folder = wide(scheme)
+    ids = np.arange(40)
+    one, four = (
+        LLM(
+            folder,
+            dtype="float32",
+            backend="xla",
+            tensor_parallel_size=size,
+            activation_semantics="compressed-tensors",
+        )
+        for size in (1, 4)
+    )
+    expected, found = one.logits(ids), four.logits(ids)
+    if scheme in ("W8A8", "FP8_DYNAMIC"):  # a rounding that flips spreads
+        assert_near(found, expected, {"max_abs": 0.5, "rel_rms": 0.007, "argmax_agreement": 0.95})
+    else:
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+        assert greedy(four) == greedy(one)
+
+
+@pytest.mark.parametrize("kind", ["bf16_original", "ct_w8a8_int8", "ct_fp8_static"])
+def test_more_devices_than_key_value_heads(tiny_llama3, kind: str) -> None:
+    folder = tiny_llama3(kind)
+    golden = read_tensors(folder / "expected.safetensors")
+    with LLM(
+        folder,
+        dtype="float32",
+        tensor_parallel_size=4,
+        activation_semantics="compressed-tensors",
+    ) as llm:
+        assert llm.config.num_key_value_heads == 2
+        found = all_logits(llm, golden)
+    expected = np.concatenate([golden[f"logits_{i}"] for i in range(3)])
+    assert_near(found, expected, tolerances(folder)["logits_fp32_compute"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (
+            "ct_w4a16_g128",
+            "K=256 makes 64 columns each, but it has groups of 128 columns; use 1 or 2",
+        ),
+        ("ct_fp8_block", "N=256 makes 64 rows each, but it has blocks of 128 rows; use 1 or 2"),
+    ],
+)
+def test_a_checkpoint_that_does_not_split_is_refused(tiny_llama3, kind: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        LLM(tiny_llama3(kind), tensor_parallel_size=4)
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (2, 4)])
+def test_replicas_share_a_batch(wide: Callable[[str], Path], mesh: tuple[int, int]) -> None:
+    replicas, size = mesh
+    sampled = SamplingParams(temperature=1.0, max_tokens=6, n=2, logprobs=2, ignore_eos=True)
+    with LLM(wide("W4A16"), dtype="float32") as one:
+        expected = greedy(one), one.generate(PROMPTS, sampled)
+    with LLM(
+        wide("W4A16"), dtype="float32", tensor_parallel_size=size, data_parallel_size=replicas
+    ) as llm:
+        assert dict(llm.mesh.shape) == {"data": replicas, "model": size}
+        found = greedy(llm), llm.generate(PROMPTS, sampled)
+        texts = [part.outputs[0].token_ids for part in llm.stream(PROMPTS[0], GREEDY)]
+    assert found[0] == expected[0]
+    assert list(itertools.chain(*texts)) == expected[0][0]
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert [c.token_ids for c in mine.outputs] == [c.token_ids for c in theirs.outputs]
+        assert mine.outputs[0].cumulative_logprob == pytest.approx(
+            theirs.outputs[0].cumulative_logprob, abs=1e-4
+        )
+
+
+def test_requests_go_where_the_fewest_tokens_are() -> None:
+    def request(tokens: int) -> Request:
+        prompt = np.zeros(tokens, np.int32)
+        return Request(prompt=prompt, params=GREEDY, seed=(0,), max_tokens=1)
+
+    shares = spread([request(n) for n in (50, 10, 10, 10, 30, 5)], 2)
+    assert [[len(r.prompt) for r in share] for share in shares] == [[50, 5], [10, 10, 10, 30]]
+
+
+def test_an_error_of_one_replica_ends_the_run(wide: Callable[[str], Path]) -> None:
+    with LLM(wide("W4A16"), dtype="float32", data_parallel_size=2) as llm:
+        greedy(llm)
+
+        def fail() -> None:
+            raise RuntimeError("lost a device")
+
+        llm._engines[1].runner.decode = fail
+        with pytest.raises(RuntimeError, match="lost a device"):
+            greedy(llm)
+
+
+def test_a_decode_step_sums_twice_a_layer_and_gathers_once(tiny_llama3) -> None:
+    with LLM(tiny_llama3("ct_w8a8_int8"), dtype="float32", tensor_parallel_size=2) as llm:
+        greedy(llm)
+        (key,) = [key for key in llm._engines[0].runner.programs if key[0] == "decode"]
+        text = llm._engines[0].runner.programs[key].as_text()
+        layers = llm.config.num_hidden_layers
+    collectives = re.findall(r" = \S+ (all-\w+|reduce-scatter|collective-\w+)\(", text)
+    # The steps are a loop, so its body is there once; the one more sums the embedding's rows.
+    assert collectives.count("all-reduce") == 2 * layers + 1
+    assert collectives.count("all-gather") == 1
+    assert len(collectives) == 2 * layers + 2
+    assert " conditional(" not in text
+
+
+@pytest.mark.parametrize("kind", ["ct_w4a16_g128", "ct_w8a8_int8"])
+def test_a_sharded_decode_step_lowers_for_gpus(tiny_llama3, kind: str) -> None:
+    """Each device packed its own parts; the kernels run on them inside the `shard_map`."""
+    with LLM(tiny_llama3(kind), dtype="bfloat16", backend="pallas", tensor_parallel_size=2) as llm:
+        run = llm._engines[0].runner
+        run.reset(8, runner.Features())
+        run.reserve(128)
+        step = functools.partial(runner._decode, steps=8, features=runner.Features())
+        step.__name__ = "decode"
+        arguments = (run.leaves, run.cache, run.slots, np.ones(8, bool))
+        jitted = run._jit(run._with_leaves(step), arguments, (1, 2), None)
+        text = jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    # One for each shape; the parts of q|k|v and of down are both 256x256.
+    assert text.count("@mosaic_gpu_v2") == 3
+    assert text.count("stablehlo.all_reduce") == 2 * llm.config.num_hidden_layers + 1
+
+
+def test_each_device_holds_its_part_and_no_more(wide: Callable[[str], Path]) -> None:
+    held = {}
+    for size in (1, 4):
+        with LLM(wide("W4A16"), backend="xla", tensor_parallel_size=size) as llm:
+            held[size] = sum(
+                shard.data.nbytes
+                for leaf in jax.tree.leaves(llm.model)
+                for shard in leaf.addressable_shards
+                if shard.device == jax.devices()[0]
+            )
+            plan = plan_of(llm, size)
+            # Norms and the padding of the vocabulary beside what is planned.
+            assert plan <= held[size] < 1.02 * plan
+    assert held[4] < 0.27 * held[1]
+
+
+def plan_of(llm: LLM, size: int) -> int:
+    assert llm.quantization is not None
+    return plan_memory(
+        llm.config,
+        weight_shapes(llm.config),
+        {path: spec.scheme for path, spec in llm.quantization.linears.items()},
+        size=size,
+        dtype=llm.dtype,
+        cache_dtype=llm.kv_cache_dtype,
+        dequantized=False,
+    ).weights
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("backend", ["reference", "interpret"])
+def test_partial_products_of_quantized_inputs(
+    scheme: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each device rounds its own columns by their own largest, as vLLM's kernels do."""
+    # At the end of a simulated kernel JAX demands that no other one is running in the process.
+    simulator = "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks"
+    monkeypatch.setattr(f"{simulator}._assert_no_barriers_allocated", lambda token: token)
+    n, k, size = 64, 256, 2
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, k)).astype(np.float32) * np.geomspace(1, 30, k, dtype=np.float32)
+    weight = jax.tree.map(
+        np.asarray, quantize_rtn(rng.normal(size=(n, k)).astype(np.float32), PRESETS[scheme])
+    )
+    mesh = make_mesh(size)
+
+    def of_device(rank: int) -> RowParallel:
+        columns = slice(rank * k // size, (rank + 1) * k // size)
+        mine = jax.tree.map(jnp.asarray, shard_weight(weight, Part(slice(0, n), columns)))
+        return RowParallel(make_dense(mine, dtype=jnp.float32, backend=backend), bias)
+
+    bias = jnp.arange(n, dtype=jnp.float32)
+    layer = place(of_device, mesh)
+    product = jax.shard_map(
+        lambda layer, x: layer(x),
+        mesh=mesh,
+        in_specs=(partition_specs(layer), PartitionSpec(None, "model")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    found = np.asarray(jax.jit(product)(layer, x))
+
+    dequantized = np.asarray(weight.dequantize(), np.float64)
+    expected = np.arange(n, dtype=np.float64)[None].repeat(8, axis=0)
+    for half in (slice(0, k // 2), slice(k // 2, k)):
+        codes, scale, _ = quantize_activations(x[:, half], weight.scheme.activations)
+        rounded = np.asarray(codes, np.float64) * np.asarray(scale, np.float64)
+        expected += rounded @ dequantized[:, half].T
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_too_little_memory_is_told_before_loading(
+    wide: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qllama.llm.device_memory", lambda devices: 1_000_000)
+    monkeypatch.setattr("qllama.llm.load_replicas", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"take \d.* on each device .* 1.00 MB are free"):
+        LLM(wide("W4A16"), tensor_parallel_size=2)
