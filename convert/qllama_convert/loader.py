@@ -19,13 +19,12 @@ from qllama.quantization.qtensor import QTensor, stack_rows
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.kv_scales import read_kv_scales
-from qllama_convert.linear import LinearWeights, read_linear
+from qllama_convert.linear import LinearWeights, check_bias, read_linear
 from qllama_convert.module_tensors import ModuleTensors
 from qllama_convert.names import (
     EMBED_TOKENS,
     LM_HEAD,
     embedding_shape,
-    has_bias,
     is_derived,
     layer_path,
     linear_shapes,
@@ -128,11 +127,7 @@ class _Builder:
 
     def read(self, path: str) -> LinearWeights:
         linear = read_linear(self.checkpoint, self.quantization, path, self.shapes[path])
-        if linear.bias is None and has_bias(self.config, path):
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {path}.bias is missing, but config.json says that this "
-                "Linear has a bias"
-            )
+        check_bias(self.checkpoint, self.config, path, linear)
         return linear
 
     def layer(self, linear: LinearWeights) -> Dense | QuantDense:
