@@ -294,6 +294,16 @@ def test_tensors_that_would_be_lost(plain: Path, tmp_path: Path) -> None:
         round_to(tmp_path / "out", folder)
 
 
+def test_a_bias_that_is_promised_and_missing(tied: Path, tmp_path: Path) -> None:
+    with open_checkpoint(tied) as source:
+        tensors = {name: source.read(name) for name in source.tensors}
+        del tensors[f"{Q_PROJ}.bias"]
+        folder = writer.write_checkpoint(tmp_path / "in", config=source.config, tensors=tensors)
+    with pytest.raises(ValueError, match=r"q_proj\.bias is missing, but config\.json says"):
+        round_to(tmp_path / "out", folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_quantized_source_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = small_checkpoints.make("int8", tmp_path / "in")
     with open_checkpoint(folder) as source, pytest.raises(ValueError, match="given no scheme"):

@@ -108,6 +108,7 @@ PROBLEMS: list[tuple[str, Change, str]] = [
     ("packed", _put(f"{UP}.bias", lambda _: np.zeros(256, np.float32)), "vLLM has no place for it"),
     ("packed", _set(Q, "ignore", value=["lm_head", UP]), "says this Linear is not quantized"),
     ("packed", _drop(f"{UP}.weight_scale"), "tensor weight_scale is missing"),
+    ("tied", _drop("model.layers.0.self_attn.q_proj.bias"), "q_proj.bias is missing"),
     ("packed", _put("model.extra", lambda _: ZEROS), "belong to no module of this Llama: model.ex"),
     ("packed", _set("model_type", value="qwen3"), "only model_type='llama'"),
     ("gptq", _set(Q, "sym", value=None), "lacks sym, which vLLM demands"),

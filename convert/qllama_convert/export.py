@@ -21,7 +21,7 @@ from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.export_section import export_format, quantization_section
 from qllama_convert.files import first_few
 from qllama_convert.kv_scales import kv_cache_scheme, normal_kv_scales, write_kv_scales
-from qllama_convert.linear import LinearWeights, read_linear, write_linear
+from qllama_convert.linear import LinearWeights, check_bias, read_linear, write_linear
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 from qllama_convert.names import (
     EMBED_TOKENS,
@@ -171,6 +171,7 @@ class _Export:
         for path, shape in module_shapes(self.llama).items():
             if path in self.linear_shapes:
                 linear = self._linear(path)
+                check_bias(self.source, self.llama, path, linear)
                 self._written[path] = fingerprint_linear(linear)
                 scheme = self.schemes.get(path)
                 format_name = None if scheme is None else export_format(self.to, scheme)

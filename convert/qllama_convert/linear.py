@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qllama.config import LlamaConfig
+from qllama.errors import CheckpointError
 from qllama.quantization.qtensor import QTensor
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import (
@@ -22,6 +24,7 @@ from qllama_convert.formats import (
 )
 from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
+from qllama_convert.names import has_bias
 from qllama_convert.quantization_config import Quantization
 
 _READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTensor]] = {
@@ -84,6 +87,17 @@ def read_linear(
     of_kv_cache = SUFFIXES_IN_LINEARS if path.endswith((".k_proj", ".v_proj")) else frozenset()
     tensors.refuse_unread(but=of_kv_cache)
     return LinearWeights(weight, bias)
+
+
+def check_bias(
+    checkpoint: Checkpoint, llama: LlamaConfig, path: str, linear: LinearWeights
+) -> None:
+    """Raise `CheckpointError` where config.json promises a bias and there is none."""
+    if linear.bias is None and has_bias(llama, path):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {path}.bias is missing, but config.json says that this Linear "
+            "has a bias"
+        )
 
 
 def write_linear(

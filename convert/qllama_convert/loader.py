@@ -32,13 +32,12 @@ from qllama.quantization.qtensor import QTensor, stack_rows
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.kv_scales import read_kv_scales
-from qllama_convert.linear import LinearWeights, read_linear
+from qllama_convert.linear import LinearWeights, check_bias, read_linear
 from qllama_convert.module_tensors import ModuleTensors
 from qllama_convert.names import (
     EMBED_TOKENS,
     LM_HEAD,
     embedding_shape,
-    has_bias,
     is_derived,
     layer_path,
     linear_shapes,
@@ -140,11 +139,7 @@ def read_model_linear(
         CheckpointError: as `read_linear` does, or the bias is missing.
     """
     linear = read_linear(checkpoint, quantization, path, linear_shapes(config)[path])
-    if linear.bias is None and has_bias(config, path):
-        raise CheckpointError(
-            f"{checkpoint.folder}: {path}.bias is missing, but config.json says that this Linear "
-            "has a bias"
-        )
+    check_bias(checkpoint, config, path, linear)
     return linear
 
 

@@ -16,7 +16,7 @@ from qllama_convert.checkpoint import Checkpoint, CheckpointWarning, open_checkp
 from qllama_convert.files import first_few
 from qllama_convert.hub import resolve
 from qllama_convert.kv_scales import read_kv_scales
-from qllama_convert.linear import read_linear
+from qllama_convert.linear import check_bias, read_linear
 from qllama_convert.module_tensors import ModuleTensors
 from qllama_convert.names import LM_HEAD, attention_paths, is_derived, linear_shapes, module_shapes
 from qllama_convert.quantization_config import Quantization, parse_quantization
@@ -103,7 +103,8 @@ def _problems_of_tensors(
             continue
         try:
             if path in linears:
-                read_linear(checkpoint, quantization, path, linears[path])
+                linear = read_linear(checkpoint, quantization, path, linears[path])
+                check_bias(checkpoint, llama, path, linear)
             else:
                 tensors.read_floats("weight", shape)
         except CheckpointError as error:

@@ -26,6 +26,7 @@ from qllama_convert.linear import read_linear
 from qllama_convert.loader import load_model
 from qllama_convert.names import linear_shapes
 from qllama_convert.quantization_config import Quantization, parse_quantization
+from qllama_convert.weight_files import ORBAX
 
 PYTHON_VARIABLE = "QLLAMA_ORACLE_PYTHON"
 """Names the interpreter where none is given."""
@@ -113,9 +114,8 @@ def _interpreter(python: str | Path | None) -> str:
 
 def _stand_in(folder: Path, quantization: Quantization | None, temporary: Path) -> tuple[Path, str]:
     """A checkpoint that transformers loads on a CPU, and what it is."""
-    native = (folder / "model.orbax").exists()
     if quantization is None:
-        if not native:
+        if not (folder / ORBAX).exists():
             return folder, "the checkpoint itself"
         convert(folder, temporary, "bf16")
         return temporary, "the same weights in safetensors"
@@ -137,7 +137,7 @@ def _stand_in(folder: Path, quantization: Quantization | None, temporary: Path) 
 
 def _dequantize(folder: Path, output: Path) -> None:
     with open_checkpoint(folder) as source:
-        # Of its own config alone depends what it is rounded to.
+        # What its weights are rounded to depends on its config alone.
         source.config = source.config | {"dtype": "float32", "torch_dtype": "float32"}
         shapes = linear_shapes(LlamaConfig.from_hf(source.config))
         quantization = parse_quantization(source, shapes)
