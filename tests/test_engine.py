@@ -81,9 +81,8 @@ def test_rows_fit_into_the_cache_that_there_is_room_for() -> None:
     engine = make_engine(runner, max_num_seqs=8, max_cache_tokens=300)
     run(engine, [request(n) for n in (100, 5, 6)])  # 120 tokens each at most: two rows of 128
     assert runner.cache is not None
-    rows, _, _, capacity, _ = runner.cache.layers[0].shape
-    assert rows * capacity <= 300
-    assert rows == 2
+    assert runner.cache.rows * runner.cache.capacity <= 300
+    assert runner.cache.rows == 2
 
 
 def test_a_second_run_compiles_nothing() -> None:
@@ -142,7 +141,7 @@ def test_decode_copies_no_cache_and_asks_the_host_nothing() -> None:
     runner = make_runner()
     text = decode_text(runner)
     assert runner.cache is not None
-    shape = ",".join(map(str, runner.cache.layers[0].shape))
+    shape = ",".join(map(str, runner.cache.layers[0].keys.shape))
     copies = [line for line in text.splitlines() if f"f32[{shape}]" in line and " copy(" in line]
     assert copies == []
     assert " conditional(" not in text

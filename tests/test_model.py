@@ -15,7 +15,15 @@ from qllama.config import LlamaConfig, RopeScaling
 from qllama.engine.runner import Runner
 from qllama.model.dense import MergedDense, make_dense
 from qllama.model.init import init_llama
-from qllama.model.kv_cache import KVCache, attend, cache_bytes, grow_cache, init_cache, write
+from qllama.model.kv_cache import (
+    Entries,
+    KVCache,
+    attend,
+    cache_bytes,
+    grow_cache,
+    init_cache,
+    write,
+)
 from qllama.model.llama import Llama, RMSNorm
 from qllama.model.rope import apply_rope, rotary_embedding
 from qllama.quantization.qtensor import stack_rows
@@ -136,17 +144,18 @@ def test_scales_of_a_float8_cache_take_effect() -> None:
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(1, 4, 2, 8)) * 500, jnp.float32) for _ in range(2))
     positions = jnp.arange(4)[None]
-    empty = jnp.zeros((1, 2, 2, 4, 8), jnp.float8_e4m3fn)
+    empty = Entries(*jnp.zeros((2, 1, 2, 4, 8), jnp.float8_e4m3fn))
     k_scale, v_scale = jnp.full((1, 1), 4.0), jnp.array([[5.0], [6.0]])
-    stored = write(empty, keys, values, positions, None, k_scale, v_scale).astype(jnp.float32)
+    stored = write(empty, keys, values, positions, None, k_scale, v_scale)
+    stored = [array.astype(jnp.float32) for array in stored]
     np.testing.assert_allclose(
-        stored[0, 0] * k_scale[..., None], keys[0].swapaxes(0, 1), rtol=0.0625, atol=0.1
+        stored[0][0] * k_scale[..., None], keys[0].swapaxes(0, 1), rtol=0.0625, atol=0.1
     )
     np.testing.assert_allclose(
-        stored[0, 1] * v_scale[..., None], values[0].swapaxes(0, 1), rtol=0.0625, atol=0.1
+        stored[1][0] * v_scale[..., None], values[0].swapaxes(0, 1), rtol=0.0625, atol=0.1
     )
-    saturated = write(empty, keys, values, positions, None, None, None).astype(jnp.float32)
-    assert jnp.abs(saturated).max() == 448
+    saturated = write(empty, keys, values, positions, None, None, None)
+    assert all(jnp.abs(array.astype(jnp.float32)).max() == 448 for array in saturated)
 
 
 # Batches.
@@ -170,11 +179,11 @@ def test_rows_of_a_ragged_batch_equal_single_runs(llama: Llama) -> None:
     for i, (length, row) in enumerate(zip(lengths, rows, strict=True)):
         found = logits[i, :length]
         np.testing.assert_allclose(found, uncached_logits(llama, texts[i]), atol=2e-5)
-        for layer in cache.layers:
-            assert np.abs(layer[row, :, :, :length]).min() > 0
-            assert np.abs(layer[row, :, :, length:]).max() == 0  # padding is written nowhere
-    for layer in cache.layers:
-        assert np.abs(layer[1]).max() == 0  # the row that nobody has
+        for array in jax.tree.leaves(cache):
+            assert np.abs(array[row, :, :length]).min() > 0
+            assert np.abs(array[row, :, length:]).max() == 0  # padding is written nowhere
+    for array in jax.tree.leaves(cache):
+        assert np.abs(array[1]).max() == 0  # the row that nobody has
 
 
 def test_a_padding_row_changes_no_other(llama: Llama) -> None:
@@ -184,7 +193,7 @@ def test_a_padding_row_changes_no_other(llama: Llama) -> None:
     logits, cache = read(llama, tokens, positions, empty, rows=jnp.array([1, 2]))
     np.testing.assert_allclose(logits[0], uncached_logits(llama, text(8)), atol=2e-5)
     assert np.isfinite(logits).all()
-    assert all(np.abs(layer[0]).max() == 0 for layer in cache.layers)
+    assert all(np.abs(array[0]).max() == 0 for array in jax.tree.leaves(cache))
 
 
 # The cache.
@@ -203,7 +212,7 @@ def test_a_grown_cache_keeps_what_it_holds(llama: Llama) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 def test_cache_bytes_are_those_of_the_arrays(dtype: str) -> None:
     cache = init_cache(CONFIG, 3, 5, jnp.dtype(dtype))
-    stored = sum(layer.nbytes for layer in cache.layers)
+    stored = sum(array.nbytes for array in jax.tree.leaves(cache))
     assert stored == 3 * 5 * cache_bytes(CONFIG, jnp.dtype(dtype))
 
 
@@ -211,11 +220,12 @@ def test_cache_bytes_are_those_of_the_arrays(dtype: str) -> None:
 def test_attention_is_softmax_over_what_came_before(kv_heads: int) -> None:
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(2, 3, 6, 8)).astype(np.float32)
-    entries = rng.normal(size=(2, 2, kv_heads, 12, 8)).astype(np.float32)
+    entries = rng.normal(size=(2, 2, kv_heads, 12, 8)).astype(np.float32)  # keys, values
     positions = np.array([[0, 1, 2], [7, 8, 11]])
-    found = attend(jnp.asarray(queries), jnp.asarray(entries), jnp.asarray(positions))
+    cached = Entries(*jnp.asarray(entries))
+    found = attend(jnp.asarray(queries), cached, jnp.asarray(positions))
     for b, t, head in np.ndindex(2, 3, 6):
-        keys, values = entries[b, :, head * kv_heads // 6, : positions[b, t] + 1].astype(np.float64)
+        keys, values = entries[:, b, head * kv_heads // 6, : positions[b, t] + 1].astype(np.float64)
         weights = np.exp(keys @ queries[b, t, head] / np.sqrt(8))
         expected = weights @ values / weights.sum()
         np.testing.assert_allclose(found[b, t, head], expected, atol=1e-5)

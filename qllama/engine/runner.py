@@ -147,7 +147,7 @@ class Runner:
         """Forget all sequences; make `rows` free rows able to serve `features`."""
         self.features = features
         self.rows = [None] * rows
-        if self.cache is not None and self.cache.layers[0].shape[0] != rows:
+        if self.cache is not None and self.cache.rows != rows:
             self.cache = None
         self.slots = _free_slots(rows, self.config.vocab_size, features, replicated(self.mesh))
 

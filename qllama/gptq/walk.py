@@ -32,6 +32,7 @@ from qllama.gptq.batches import Batch, Stream
 from qllama.gptq.observers import InputObserver
 from qllama.gptq.report import Seconds
 from qllama.model.dense import MergedDense, make_dense
+from qllama.model.kv_cache import Entries
 from qllama.model.llama import RMSNorm, attention_context, project_heads, swiglu
 from qllama.model.rope import rotary_embedding
 
@@ -257,8 +258,8 @@ def _attention(
     rope = rotary_embedding(config, positions, lengths)
     if not kv_scales:
         return (attention_context(config, qkv_proj, norm(x), rope, positions)[0],)
-    shape = (x.shape[0], 2, config.num_key_value_heads, x.shape[1], config.head_dim)
-    cache = jnp.zeros(shape, jnp.float8_e4m3fn)
+    shape = (x.shape[0], config.num_key_value_heads, x.shape[1], config.head_dim)
+    cache = Entries(*jnp.zeros((2, *shape), jnp.float8_e4m3fn))
     k_scale, v_scale = kv_scales
     attended, _ = attention_context(
         config, qkv_proj, norm(x), rope, positions, cache, k_scale=k_scale, v_scale=v_scale

@@ -1,4 +1,4 @@
-"""The key-value cache: one array a layer, keys and values together, and attention over it.
+"""The key-value cache, and attention over it.
 
 Write first, then attend: a chunk's own keys and values are read back from the cache, so that with
 a quantized cache the logits do not depend on where a text was cut into chunks.
@@ -7,6 +7,7 @@ Legend: B rows, T query tokens, S capacity in tokens, N heads, K key-value heads
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,38 @@ from qllama.quantization.activations import to_float8
 _MAX_SCORES = 1 << 28  # that attention computes at once, float32 each
 
 
+class Entries(NamedTuple):
+    """Keys and values of one layer. Of one array for both, XLA copies each half to multiply it."""
+
+    keys: jax.Array  # [B, K, S, H]
+    values: jax.Array  # [B, K, S, H]
+
+    def up_to(self, context: int | None) -> "Entries":
+        """The first `context` tokens of every row; None: all."""
+        return Entries(self.keys[:, :, :context], self.values[:, :, :context])
+
+    def of_rows(self, rows: jax.Array) -> "Entries":
+        """The rows at `rows`; zeros for those out of range."""
+        keys, values = (x.at[rows].get(mode="fill", fill_value=0) for x in self)
+        return Entries(keys, values)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of every layer. Donate it to the program that updates it."""
 
-    layers: tuple[jax.Array, ...]  # each [B, 2, K, S, H]; index 0 of axis 1 is keys
+    layers: tuple[Entries, ...]
+
+    @property
+    def rows(self) -> int:
+        """B: texts it can hold."""
+        return self.layers[0].keys.shape[0]
 
     @property
     def capacity(self) -> int:
         """S: tokens a row can hold."""
-        return self.layers[0].shape[3]
+        return self.layers[0].keys.shape[2]
 
 
 def init_cache(
@@ -45,9 +67,12 @@ def init_cache(
 
     `copies` is how many devices hold the heads of `config` each, `over` how the whole lies there.
     """
-    shape = (batch, 2, copies * config.num_key_value_heads, capacity, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    return KVCache(tuple(jnp.zeros(shape, dtype, device=over) for _ in layers))
+    shape = (batch, copies * config.num_key_value_heads, capacity, config.head_dim)
+
+    def zeros() -> jax.Array:
+        return jnp.zeros(shape, dtype, device=over)
+
+    return KVCache(tuple(Entries(zeros(), zeros()) for _ in range(config.num_hidden_layers)))
 
 
 def cache_bytes(config: LlamaConfig, dtype: jnp.dtype | type) -> int:
@@ -58,41 +83,46 @@ def cache_bytes(config: LlamaConfig, dtype: jnp.dtype | type) -> int:
 
 def grow_cache(cache: KVCache, capacity: int) -> KVCache:
     """The same contents with room for `capacity` tokens a row."""
-    extra = [(0, 0), (0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
-    return KVCache(tuple(jnp.pad(layer, extra) for layer in cache.layers))
+    extra = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
+    grown: KVCache = jax.tree.map(lambda array: jnp.pad(array, extra), cache)
+    return grown
 
 
 def write(
-    layer: jax.Array,
+    layer: Entries,
     keys: jax.Array,
     values: jax.Array,
     positions: jax.Array,
     rows: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
-) -> jax.Array:
+) -> Entries:
     """Put `keys` and `values` `[B, T, K, H]` at `positions [B, T]` of `rows [B]` of one layer.
 
     A position or row out of range is dropped: that is how padding is written nowhere. Scales
     (float32, broadcastable to `[K, 1]`) divide before the cast where the cache is float8.
     """
-    if layer.dtype == jnp.float8_e4m3fn:
+    dtype = layer.keys.dtype
+    if dtype == jnp.float8_e4m3fn:
         keys = to_float8(keys.astype(jnp.float32) / (1.0 if k_scale is None else k_scale))
         values = to_float8(values.astype(jnp.float32) / (1.0 if v_scale is None else v_scale))
     if rows is None:
-        rows = jnp.arange(layer.shape[0])
-    both = jnp.stack([keys, values], axis=2).astype(layer.dtype)  # [B, T, 2, K, H]
-    return layer.at[rows[:, None], :, :, positions].set(both, mode="drop")
+        rows = jnp.arange(layer.keys.shape[0])
+
+    def put(array: jax.Array, new: jax.Array) -> jax.Array:
+        return array.at[rows[:, None], :, positions].set(new.astype(dtype), mode="drop")
+
+    return Entries(put(layer.keys, keys), put(layer.values, values))
 
 
 def attend(
     queries: jax.Array,
-    entries: jax.Array,
+    entries: Entries,
     positions: jax.Array,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention of `queries [B, T, N, H]` over `entries [B, 2, K, S, H]`: `[B, T, N, H]`.
+    """Causal attention of `queries [B, T, N, H]` over `entries`: `[B, T, N, H]`.
 
     The query at position p sees entries 0..p. Scores and softmax are float32. The scales of a
     float8 cache are applied to scores and sums, so no widened copy of the cache is scaled.
@@ -100,7 +130,7 @@ def attend(
     Where there would be very many scores, runs of queries take turns.
     """
     batch, length, heads, _ = queries.shape
-    turns = -(-batch * heads * length * entries.shape[3] // _MAX_SCORES)
+    turns = -(-batch * heads * length * entries.keys.shape[2] // _MAX_SCORES)
     run = -(-length // turns)
     if run >= length:
         return _attend(queries, entries, positions, k_scale, v_scale)
@@ -118,17 +148,16 @@ def attend(
 
 def _attend(
     queries: jax.Array,
-    entries: jax.Array,
+    entries: Entries,
     positions: jax.Array,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
 ) -> jax.Array:
     batch, length, heads, head_dim = queries.shape
-    kv_heads, capacity = entries.shape[2:4]
+    kv_heads, capacity = entries.keys.shape[1:3]
     grouped = for_product(queries)
     grouped = grouped.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    entries = entries.astype(grouped.dtype)
-    keys, values = entries[:, 0], entries[:, 1]
+    keys, values = (x.astype(grouped.dtype) for x in entries)
     scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * head_dim**-0.5
     if k_scale is not None:

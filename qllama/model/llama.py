@@ -13,7 +13,7 @@ from qllama_kernels.xla import dot
 
 from qllama.config import LlamaConfig
 from qllama.model.dense import Dense, MergedDense, QuantDense
-from qllama.model.kv_cache import KVCache, attend, write
+from qllama.model.kv_cache import Entries, KVCache, attend, write
 from qllama.model.rope import apply_rope, rotary_embedding
 
 
@@ -50,25 +50,24 @@ def attention_context(
     x: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     positions: jax.Array,
-    layer: jax.Array | None = None,
+    layer: Entries | None = None,
     rows: jax.Array | None = None,
     context: int | None = None,
     *,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Entries | None]:
     """What o_proj reads, `[B, T, N * H]`, and the cache of this layer, written."""
     q, k, v = project_heads(config, qkv_proj, x, rope)
     if layer is None:
-        entries = jnp.stack([k, v], axis=1).swapaxes(2, 3)  # [B, 2, K, T, H]
-        out = attend(q, entries, positions)
+        out = attend(q, Entries(k.swapaxes(1, 2), v.swapaxes(1, 2)), positions)
     else:
-        if layer.dtype != jnp.float8_e4m3fn:
+        if layer.keys.dtype != jnp.float8_e4m3fn:
             k_scale = v_scale = None
         layer = write(layer, k, v, positions, rows, k_scale, v_scale)
-        entries = layer[:, :, :, :context]
+        entries = layer.up_to(context)
         if rows is not None:
-            entries = entries.at[rows].get(mode="fill", fill_value=0)
+            entries = entries.of_rows(rows)
         out = attend(q, entries, positions, k_scale, v_scale)
     return out.reshape(*x.shape[:2], -1), layer
 
@@ -96,10 +95,10 @@ class Attention(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        layer: jax.Array | None,
+        layer: Entries | None,
         rows: jax.Array | None,
         context: int | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Entries | None]:
         attended, layer = attention_context(
             self.config,
             self.qkv_proj,
@@ -152,10 +151,10 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        layer: jax.Array | None,
+        layer: Entries | None,
         rows: jax.Array | None,
         context: int | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Entries | None]:
         attended, layer = self.self_attn(
             self.input_layernorm(x), rope, positions, layer, rows, context
         )

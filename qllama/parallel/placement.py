@@ -39,8 +39,8 @@ def _stack(arrays: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
 
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a key-value cache `[B, 2, K, S, H]`: each device has the heads that it computes."""
-    return NamedSharding(mesh, PartitionSpec(None, None, MODEL))
+    """Of a key-value cache `[B, K, S, H]`: each device has the heads that it computes."""
+    return NamedSharding(mesh, PartitionSpec(None, MODEL))
 
 
 def partition_specs(tree: Any) -> Any:
