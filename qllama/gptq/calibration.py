@@ -20,6 +20,8 @@ from qllama.tokenizer import encode_chat, encode_prompt
 
 RANDOM_TOKENS = "random-tokens"
 
+Dataset = str | Path | Sequence[Any] | np.ndarray | None  # what a user may name
+
 _READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 _CHOICES = (
     "a .txt, .jsonl or .parquet file, a Hub dataset such as "
@@ -65,7 +67,7 @@ def shortage(tokens: int, features: int) -> str | None:
 
 
 def load_calibration(
-    dataset: str | Path | Sequence[Any] | np.ndarray | None,
+    dataset: Dataset,
     tokenizer: Any | None,
     vocab_size: int,
     *,
@@ -100,39 +102,49 @@ def load_calibration(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer")
-    if dataset is None:
-        raise ValueError(
-            f"calibration data is needed, and no dataset is named: give {_CHOICES}; best is text "
-            "like what the model will read (llm-compressor's examples take 512 rows of that one)"
-        )
-    count, length = num_calibration_samples, max_seq_length
-    if isinstance(dataset, str) and dataset == RANDOM_TOKENS:
-        sequences = _random_tokens(tokenizer, vocab_size, count, length, seed)
-    elif isinstance(dataset, str | Path) and Path(dataset).suffix == ".txt":
-        _check_exists(Path(dataset))
-        sequences = _pieces(Path(dataset), _needed(tokenizer, dataset), count, length)
-    elif isinstance(dataset, str | Path):
-        sequences = _samples(_rows(dataset), _needed(tokenizer, dataset), count, length)
-    elif isinstance(dataset, Sequence | np.ndarray):
-        rows = ((f"dataset[{i}]", row) for i, row in enumerate(dataset))
-        sequences = _samples(rows, tokenizer, count, length)
-    else:
-        raise ValueError(f"dataset is a {type(dataset).__name__}; give {_CHOICES}, or a list")
-
-    source = str(dataset) if isinstance(dataset, str | Path) else f"a list of {len(dataset)} rows"
+    sequences = _sequences(
+        dataset, tokenizer, vocab_size, num_calibration_samples, max_seq_length, seed
+    )
+    source = str(dataset)
+    if isinstance(dataset, Sequence | np.ndarray) and not isinstance(dataset, str):
+        source = f"a list of {len(dataset)} rows"
     for sequence in sequences:
         _check_ids(sequence, vocab_size, source)
-    sequences = [sequence.astype(np.int32) for sequence in sequences]
     if not sequences:
         raise ValueError(f"{source}: there is no text to calibrate with")
-    data = CalibrationData(sequences=tuple(sequences), source=source)
-    if len(sequences) < count:
+    data = CalibrationData(
+        sequences=tuple(sequence.astype(np.int32) for sequence in sequences), source=source
+    )
+    if len(sequences) < num_calibration_samples:
         warnings.warn(
             f"{source} gives {len(sequences)} calibration sequences, {data.tokens} tokens, instead "
-            f"of the {count} asked for",
+            f"of the {num_calibration_samples} asked for",
             stacklevel=2,
         )
     return data
+
+
+def _sequences(
+    dataset: Dataset, tokenizer: Any | None, vocab_size: int, count: int, length: int, seed: int
+) -> list[np.ndarray]:
+    match dataset:
+        case None:
+            raise ValueError(
+                f"calibration data is needed, and no dataset is named: give {_CHOICES}; best is "
+                "text like what the model will read (llm-compressor's examples take 512 rows of "
+                "that Hub dataset)"
+            )
+        case str() if dataset == RANDOM_TOKENS:
+            return _random_tokens(tokenizer, vocab_size, count, length, seed)
+        case str() | Path() if Path(dataset).suffix == ".txt":
+            _check_exists(Path(dataset))
+            return _pieces(Path(dataset), _needed(tokenizer, dataset), count, length)
+        case str() | Path():
+            return _samples(_rows(dataset), _needed(tokenizer, dataset), count, length)
+        case Sequence() | np.ndarray():
+            rows = ((f"dataset[{i}]", row) for i, row in enumerate(dataset))
+            return _samples(rows, tokenizer, count, length)
+    raise ValueError(f"dataset is a {type(dataset).__name__}; give {_CHOICES}, or a list")
 
 
 # -- one text --------------------------------------------------------------------------------------
@@ -191,7 +203,7 @@ def _samples(
     if empty:
         warnings.warn(
             f"{len(empty)} calibration rows are empty and were left out, the first is {empty[0]}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return sequences
 
