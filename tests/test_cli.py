@@ -325,7 +325,7 @@ def test_engine_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qllama.llm.LLM", Fake)
     flags = (
         "--max-model-len 9 --dtype float16 --kv-cache-dtype fp8 --backend xla "
-        "--activation-semantics compressed-tensors -tp 2 --revision v1"
+        "--activation-semantics compressed-tensors -tp 2 -dp 3 --revision v1"
     )
     assert main(["generate", "folder", "-p", "x", *flags.split()]) == 2
     assert given == {
@@ -337,6 +337,7 @@ def test_engine_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         "backend": "xla",
         "activation_semantics": "compressed-tensors",
         "tensor_parallel_size": 2,
+        "data_parallel_size": 3,
     }
 
 

@@ -119,6 +119,18 @@ def test_four_devices_give_what_one_gives(wide: Callable[[str], Path], scheme: s
         assert greedy(four) == greedy(one)
 
 
+def test_columns_in_activation_order_keep_whole_groups_where_they_can(tiny_llama3) -> None:
+    with LLM(tiny_llama3("gptq_w4_g128_desc_act"), backend="xla", tensor_parallel_size=2) as llm:
+        layer = llm.model.layers[0]
+    down, o = (
+        linear.dense.weight.get_value() for linear in (layer.mlp.down_proj, layer.self_attn.o_proj)
+    )
+    assert down.g_idx is None  # gate and up make their rows in its order
+    assert down.scales.shape == (2 * 256, 2)  # two devices, 256 rows, 2 of 4 groups on each
+    assert o.g_idx is not None  # heads stay together
+    assert o.scales.shape == (2 * 256, 2)
+
+
 @pytest.mark.parametrize("kind", ["bf16_original", "ct_w8a8_int8", "ct_fp8_static"])
 def test_more_devices_than_key_value_heads(tiny_llama3, kind: str) -> None:
     folder = tiny_llama3(kind)

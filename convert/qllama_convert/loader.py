@@ -4,9 +4,8 @@ Strict: every tensor is read or known to be unneeded, and every value that can b
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +27,12 @@ from qllama.parallel.sharding import (
     shard_weight,
 )
 from qllama.quantization.activations import Semantics
-from qllama.quantization.qtensor import QTensor, stack_rows
+from qllama.quantization.qtensor import QTensor
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.kv_scales import read_kv_scales
-from qllama_convert.linear import LinearWeights, check_bias, read_linear
+from qllama_convert.layers import look_ahead, read_layers, read_model_linear, stack
+from qllama_convert.linear import LinearWeights
 from qllama_convert.module_tensors import ModuleTensors
 from qllama_convert.names import (
     EMBED_TOKENS,
@@ -43,14 +43,6 @@ from qllama_convert.names import (
     linear_shapes,
 )
 from qllama_convert.quantization_config import Quantization
-
-_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""The Linears of a decoder layer in the order they are read; those that share an input together."""
 
 
 def load_model(
@@ -66,8 +58,7 @@ def load_model(
     """Build the model of `checkpoint`, its arrays on the default device.
 
     Args:
-        checkpoint: open; its tensors are read lazily, host memory holds the Linears of one input
-            and those of the next at most.
+        checkpoint: open; its tensors are read lazily, host memory holds one decoder layer at most.
         config: of the model, from the checkpoint's config.json.
         quantization: how its Linears lie, from `parse_quantization`; None: all float.
         dtype: the compute dtype; float weights are cast to it.
@@ -130,19 +121,6 @@ def load_replicas(
     return models
 
 
-def read_model_linear(
-    checkpoint: Checkpoint, config: LlamaConfig, quantization: Quantization | None, path: str
-) -> LinearWeights:
-    """The Linear at module `path` of a model, which has a bias if its config says so.
-
-    Raises:
-        CheckpointError: as `read_linear` does, or the bias is missing.
-    """
-    linear = read_linear(checkpoint, quantization, path, linear_shapes(config)[path])
-    check_bias(checkpoint, config, path, linear)
-    return linear
-
-
 class _Builder:
     """What every step of the building needs, held once. Its steps make one module a replica."""
 
@@ -166,25 +144,13 @@ class _Builder:
         self.shapes = linear_shapes(config)
         self.size = meshes[0].size
         self.config = local_config(config, self.size)  # of what one device runs
-        self.ahead: Generator[dict[str, LinearWeights]] = _look_ahead(self.read_layers())
+        self.ahead = look_ahead(
+            read_layers(checkpoint, config, quantization, reorder=self.size > 1)
+        )
 
     def close(self) -> None:
         """Read no further."""
         self.ahead.close()
-
-    # -- reading, on the host --------------------------------------------------------------------
-
-    def read_layers(self) -> Iterator[dict[str, LinearWeights]]:
-        """The Linears of all decoder layers, those with one input together, by path."""
-        for i in range(self.whole.num_hidden_layers):
-            for group in _GROUPS:
-                paths = [f"{layer_path(i)}.{name}" for name in group]
-                yield {path: self.read(path) for path in paths}
-
-    def read(self, path: str) -> LinearWeights:
-        return read_model_linear(self.checkpoint, self.whole, self.quantization, path)
-
-    # -- building, on the devices ----------------------------------------------------------------
 
     def place[T](self, build: Callable[[int], T]) -> list[T]:
         return [place(build, mesh) for mesh in self.meshes]
@@ -214,8 +180,12 @@ class _Builder:
                 for scale in scales
             ]
         )
-        qkv, o = self.merged(), self.row_parallel()
-        gate_up, down = self.merged(), self.row_parallel()
+        qkv = self.merged(next(self.ahead))
+        o_proj, down_proj = f"{path}.self_attn.o_proj", f"{path}.mlp.down_proj"
+        o = self.row_parallel(o_proj, next(self.ahead)[o_proj])
+        mlp = next(self.ahead)
+        down = self.row_parallel(down_proj, mlp.pop(down_proj))
+        gate_up = self.merged(mlp)
         before, after = (
             self.norm(f"{path}.{name}") for name in ("input_layernorm", "post_attention_layernorm")
         )
@@ -259,22 +229,20 @@ class _Builder:
             axis_name=axis_name,
         )
 
-    def merged(self) -> list[MergedDense]:
-        """The next Linears, which share an input, as one."""
-        linears = next(self.ahead)
+    def merged(self, linears: Mapping[str, LinearWeights]) -> list[MergedDense]:
+        """Linears that share an input, as one."""
 
         def of_device(rank: int) -> MergedDense:
             mine = [self.shard(path, linear, rank) for path, linear in linears.items()]
             sizes = [linear.weight.shape[0] for linear in mine]
-            stacked = _stack(mine)
+            stacked = stack(mine)
             return MergedDense([self.layer(m) for m in ([stacked] if stacked else mine)], sizes)
 
         return self.place(of_device)
 
-    def row_parallel(self) -> list[Any]:
-        """The next Linear, which writes to the residual stream: `RowParallel` over several devices,
-        else as it is."""
-        ((path, linear),) = next(self.ahead).items()
+    def row_parallel(self, path: str, linear: LinearWeights) -> list[Any]:
+        """A Linear that writes to the residual stream: `RowParallel` over several devices, else as
+        it is."""
 
         def of_device(rank: int) -> Dense | QuantDense | RowParallel:
             mine = self.shard(path, linear, rank)
@@ -298,7 +266,7 @@ class _Builder:
                     "tie_word_embeddings is false in config.json"
                 )
             return tied
-        linear = self.read(LM_HEAD)
+        linear = read_model_linear(self.checkpoint, self.whole, self.quantization, LM_HEAD)
         heads = self.place(lambda rank: self.layer(self.shard(LM_HEAD, linear, rank)))
         head = heads[0]
         if not self.whole.tie_word_embeddings or isinstance(head, QuantDense):
@@ -320,33 +288,3 @@ class _Builder:
                 f"{self.checkpoint.folder}: {len(unread)} unexpected tensors: {first_few(unread)}; "
                 "they belong to no module of this Llama as its config.json describes it"
             )
-
-
-def _look_ahead[T](items: Iterator[T]) -> Generator[T]:
-    """`items`, each made by a thread while the one before it is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(next, items, end)
-        while (item := ahead.result()) is not end:
-            ahead = pool.submit(next, items, end)
-            yield cast(T, item)
-
-
-def _stack(linears: Sequence[LinearWeights]) -> LinearWeights | None:
-    """The Linears as one, on the host, where that is exact; None where it is not."""
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    if biases and len(biases) < len(linears):
-        return None
-    if len({bias.dtype for bias in biases}) > 1:
-        return None
-    bias = np.concatenate(biases) if biases else None
-    quantized = [linear.weight for linear in linears if isinstance(linear.weight, QTensor)]
-    if quantized:
-        if len(quantized) < len(linears):
-            return None
-        stacked = stack_rows(quantized)
-        return None if stacked is None else LinearWeights(stacked, bias)
-    floats = [linear.weight for linear in linears if not isinstance(linear.weight, QTensor)]
-    if len({weight.dtype for weight in floats}) > 1:
-        return None
-    return LinearWeights(np.concatenate(floats), bias)

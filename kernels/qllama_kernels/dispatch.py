@@ -45,7 +45,7 @@ def kernels_run_here() -> bool:
     """Whether the first device runs the kernels: they are for Hopper, compute capability 9.0."""
     if jax.default_backend() != "gpu":
         return False
-    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
 
 
 def has_kernel(

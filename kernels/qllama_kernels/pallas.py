@@ -89,7 +89,7 @@ def _scheme(x: jax.Array, codes: jax.Array, weight_dtype: str, layout: str) -> S
 
 def _device_kind() -> str:
     """Of the first device, for the tables; a program lowered elsewhere gets the heuristic."""
-    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
+    return jax.local_devices()[0].device_kind if jax.default_backend() == "gpu" else ""
 
 
 def problem_of(

@@ -90,7 +90,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="find all that in the environment of SLURM, Open MPI or Kubernetes",
+        help="find all that in the environment of SLURM or Open MPI",
     )
 
 

@@ -19,8 +19,8 @@ def join(
     Args:
         coordinator: "host:port" of process 0, which listens there.
         num_processes: of the run.
-        process_id: of this one, from 0. What is None is found in the environment of SLURM, Open
-            MPI or Kubernetes, as `jax.distributed.initialize` does.
+        process_id: of this one, from 0. What is None is found in the environment of SLURM or Open
+            MPI, as `jax.distributed.initialize` does.
 
     Raises:
         ValueError: arguments out of range, or missing and not to be found.

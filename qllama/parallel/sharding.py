@@ -101,7 +101,8 @@ def shard_weight[W: np.ndarray | QTensor](weight: W, part: Part) -> W:
     """`part` of a host weight: views where rows and columns allow it.
 
     Columns that are in groups out of order (`g_idx`) are sliced as they lie, and the scales of all
-    groups stay: `g_idx` goes on naming them. For groups in order only the part's own stay.
+    groups stay: `g_idx` goes on naming them. For groups in order only the part's own stay, so
+    `in_group_order` comes first where whoever makes the input can follow its order.
     """
     if not isinstance(weight, QTensor):
         return _rows(weight, part.rows)[:, part.columns]
@@ -135,6 +136,49 @@ def shard_kv_scales(
     if scales is None or scales.shape[0] == 1:
         return scales
     return scales[kv_heads(config, rank, size)]
+
+
+def in_group_order(weight: QTensor) -> tuple[QTensor, np.ndarray] | None:
+    """A host weight with its columns sorted by their groups, so that it needs no `g_idx`.
+
+    Returns:
+        It, and the order in which it takes the columns of its input, int64 `[K]`; None where there
+        is no `g_idx`, or groups that are not full would not lie side by side.
+    """
+    k, group = weight.shape[1], weight.scheme.group_size
+    if weight.g_idx is None or group is None:
+        return None
+    order = np.argsort(weight.g_idx, kind="stable")
+    if (weight.g_idx[order] != np.arange(k) // group).any() or k % 2:
+        return None
+    return replace(weight, codes=_take_columns(weight, order), g_idx=None), order
+
+
+def take_rows[W: np.ndarray | QTensor](weight: W, order: np.ndarray) -> W | None:
+    """A host weight with its rows in another order; None where blocks of rows share scales."""
+    if not isinstance(weight, QTensor):
+        return weight[order]
+    n, rows = weight.shape[0], weight.group_size[0]
+    if rows not in (1, n):
+        return None
+
+    def of_grid(array: Any) -> Any:
+        return array if array is None or array.shape[0] == 1 else array[order]
+
+    return replace(
+        weight,
+        codes=weight.codes[order],
+        scales=of_grid(weight.scales),
+        zeros=of_grid(weight.zeros),
+    )
+
+
+def _take_columns(weight: QTensor, order: np.ndarray) -> np.ndarray:
+    codes = np.asarray(weight.codes)
+    if weight.scheme.bits == 8:
+        return codes[:, order]
+    nibbles = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(len(codes), -1)[:, order]
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
 def _grid_part(weight: QTensor, part: Part) -> Part:
