@@ -1,4 +1,4 @@
-"""The Linears of decoder layers on the host, as a loader wants them: read ahead, sorted, stacked."""
+"""The Linears of decoder layers on the host, read ahead, sorted and stacked for a loader."""
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

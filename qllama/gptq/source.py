@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.files import first_few
-from qllama_convert.linear import LinearWeights
 from qllama_convert.layers import read_model_linear
+from qllama_convert.linear import LinearWeights
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
 from qllama_convert.names import (
     LM_HEAD,
