@@ -191,8 +191,8 @@ def bench_decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             argument = json.dumps([str(one), cells, FEW, MANY, options.repeat])
             commands["peer", PEER] = [options.peer_python, "-c", _PEER, argument]
         for scheme, folder in folders.items():
-            # "auto" last: it makes the record, with the others as its peers.
-            for backend in (*options.backends, "auto"):
+            others = () if scheme == "bf16" else options.backends  # nothing to choose there
+            for backend in (*others, "auto"):  # last, since it makes the record
                 commands[scheme, backend] = [
                     *(sys.executable, __file__, "--measure", str(folder), "--backend", backend),
                     *("--batch", *map(str, options.batch)),
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--vocab", type=int, help="another size than the shape's")
     parser.add_argument("--scheme", nargs="+", default=["W4A16", "W8A8", "FP8_DYNAMIC", "bf16"])
-    parser.add_argument("--backends", nargs="+", default=["xla"], help="beside auto")
+    parser.add_argument("--backends", nargs="*", default=["xla"], help="beside auto")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--context", nargs="+", type=int, default=[128, 1024])
     parser.add_argument("--repeat", type=int, default=5, help="(%(default)s)")

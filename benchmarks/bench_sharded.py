@@ -142,6 +142,7 @@ def measure(folder: Path, case: Case, repeat: int) -> list[dict[str, Any]]:
                 "devices": [device.device_kind for device in jax.devices()[: case.size]],
             }
         )
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
 
 
