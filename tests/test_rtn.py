@@ -62,7 +62,7 @@ def test_tiny_float16_weights_get_no_subnormal_scale() -> None:
         quantized.validate()
         assert quantized.scales.tolist() == [[2.0**-14], [2.0**-14]]
         error = np.abs(np.asarray(quantized.dequantize()) - weight.astype(np.float32))
-        assert error.max() <= 2.0**-15 * 1.001
+        assert error.max() <= 2.0**-15 * 1.01  # quotients are rounded too
 
 
 def test_float8_per_tensor() -> None:
