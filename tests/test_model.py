@@ -207,8 +207,12 @@ def test_cache_bytes_are_those_of_the_arrays(dtype: str) -> None:
     assert stored == 3 * 5 * cache_bytes(CONFIG, jnp.dtype(dtype))
 
 
+@pytest.mark.parametrize("most", [1 << 28, 200, 1], ids=["at once", "in runs", "one by one"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_attention_is_softmax_over_what_came_before(kv_heads: int) -> None:
+def test_attention_is_softmax_over_what_came_before(
+    kv_heads: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qllama.model.kv_cache._MAX_SCORES", most)
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(2, 3, 6, 8)).astype(np.float32)
     entries = rng.normal(size=(2, 2, kv_heads, 12, 8)).astype(np.float32)

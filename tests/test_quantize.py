@@ -201,12 +201,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_equal_arguments_give_equal_bytes(source: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        report = qllama.quantize(source, tmp_path / name, dataset=token_ids())
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]  # no journal is left
-    written = (tmp_path / "b" / "quantization_report.json").read_text()
+        report = qllama.quantize(source, tmp_path / name / "out", dataset=token_ids())
+    assert digests(tmp_path / "a" / "out") == digests(tmp_path / "b" / "out")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["out"]  # no journal is left
+    written = (tmp_path / "b" / "out" / "quantization_report.json").read_text()
     assert QuantizationReport.from_json(written).linears == report.linears
-    files = [path.stat().st_size for path in (tmp_path / "b").glob("*.safetensors")]
+    files = [path.stat().st_size for path in (tmp_path / "b" / "out").glob("*.safetensors")]
     assert report.bytes_after == pytest.approx(sum(files), rel=0.1)  # and headers
 
 
@@ -222,6 +222,22 @@ def test_where_arrays_lie_makes_no_difference(
     assert all(linear.figures.rung == "fp32" for linear in report.linears)
     for path, weight in expected.items():
         np.testing.assert_array_equal(found[path].codes, weight.codes)
+
+
+def test_gptq_format_holds_the_same_weights(source: Path, tmp_path: Path) -> None:
+    """Read as the format is described: eight codes to a word along K, low nibbles first, stored
+    with an offset of 8, and zero points one too small."""
+    qllama.quantize(source, tmp_path / "ct", dataset=token_ids())
+    qllama.quantize(source, tmp_path / "gptq", dataset=token_ids(), format="gptq")
+    tensors = read_tensors(tmp_path / "gptq")
+    for path, weight in quantized(tmp_path / "ct").items():
+        words = tensors[f"{path}.qweight"].view(np.uint32)
+        codes = (words[:, None, :] >> (4 * np.arange(8, dtype=np.uint32))[None, :, None]) & 15
+        codes = codes.reshape(-1, words.shape[1]).astype(np.float64)
+        assert (tensors[f"{path}.qzeros"].view(np.uint32) == 0x77777777).all()
+        scales = np.repeat(tensors[f"{path}.scales"].astype(np.float64), 128, axis=0)
+        expected = np.asarray(weight.dequantize())
+        np.testing.assert_allclose(((codes - 8) * scales).T, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_static_scales_are_the_largest_inputs(source: Path, tmp_path: Path) -> None:

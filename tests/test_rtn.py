@@ -54,6 +54,17 @@ def test_zeros_get_the_epsilon_of_their_dtype_as_scale() -> None:
     assert not np.asarray(quantized.dequantize()).any()
 
 
+def test_tiny_float16_weights_get_no_subnormal_scale() -> None:
+    """A scale of four bits would move the largest weight by a tenth."""
+    weight = np.linspace(-2e-4, 2e-4, 256).astype(np.float16).reshape(2, 128)
+    for name in ("W4A16", "W4A16_ASYM", "W8A8"):
+        quantized = quantize_rtn(weight, PRESETS[name])
+        quantized.validate()
+        assert quantized.scales.tolist() == [[2.0**-14], [2.0**-14]]
+        error = np.abs(np.asarray(quantized.dequantize()) - weight.astype(np.float32))
+        assert error.max() <= 2.0**-15 * 1.01  # quotients are rounded too
+
+
 def test_float8_per_tensor() -> None:
     weight = np.array([[1.0, 0.1, 448, -448]], np.float32)
     quantized = quantize_rtn(weight, PRESETS["FP8"], input_scale=0.5)

@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _quantization_report(folder: Path) -> "QuantizationReport":
-    from qllama.gptq.pipeline import REPORT_FILE
-    from qllama.gptq.report import QuantizationReport
+    from qllama.gptq.report import REPORT_FILE, QuantizationReport
 
     file = folder / REPORT_FILE
     if not file.is_file():

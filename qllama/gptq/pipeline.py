@@ -1,56 +1,32 @@
 """`qllama.quantize`: from a float checkpoint to a quantized one, a layer at a time."""
 
-import dataclasses
-import functools
-import json
-import platform
-import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from qllama_convert.checkpoint import Checkpoint, open_checkpoint
-from qllama_convert.export import export_checkpoint
-from qllama_convert.export_section import quantization_section
+from qllama_convert.checkpoint import open_checkpoint
 from qllama_convert.hub import resolve
-from qllama_convert.kv_cache_scheme import KVCacheScheme
-from qllama_convert.linear import LinearWeights
 from qllama_convert.module_tensors import ModuleTensors
-from qllama_convert.names import EMBED_TOKENS, LM_HEAD, embedding_shape, linear_shapes
-from qllama_convert.quantization_config import parse_quantization
+from qllama_convert.names import EMBED_TOKENS, LM_HEAD, embedding_shape
 from qllama_convert.writer import check_output_folder
 
-from qllama.config import LlamaConfig
 from qllama.device import compute_dtype, set_up_devices
-from qllama.errors import CheckpointError
 from qllama.gptq.batches import make_batches
-from qllama.gptq.calibration import CalibrationData, load_calibration, shortage
+from qllama.gptq.calibration import CalibrationData, load_calibration
 from qllama.gptq.decide import Quantizing, Replaying
-from qllama.gptq.journal import Entry, Journal, open_journal
+from qllama.gptq.journal import Journal, open_journal
 from qllama.gptq.live import Display, show
-from qllama.gptq.plan import estimate_seconds, place, plan_sizes, tokens_per_batch
-from qllama.gptq.recipe import (
-    LinearRecipe,
-    Recipe,
-    make_recipe,
-    needs_calibration,
-    resolve_recipe,
-)
-from qllama.gptq.report import CalibrationReport, QuantizationReport, Seconds
-from qllama.gptq.report_page import report_page
-from qllama.gptq.source import Unit, check_tensors, fingerprint, read_ahead, units
+from qllama.gptq.output import make_report, write_output
+from qllama.gptq.plan import estimate_seconds, place, tokens_per_batch
+from qllama.gptq.recipe import make_recipe, needs_calibration
+from qllama.gptq.report import QuantizationReport, Seconds
+from qllama.gptq.source import Unit, fingerprint, read_ahead, units
+from qllama.gptq.task import Task, plain_recipe, settle, versions
 from qllama.gptq.walk import Walk
-from qllama.quantization.scheme import QuantScheme
 from qllama.tokenizer import load_tokenizer
-
-REPORT_FILE = "quantization_report.json"
-PAGE_FILE = "quantization_report.html"
 
 
 def quantize(
@@ -128,89 +104,21 @@ def quantize(
     output = check_output_folder(output_dir, overwrite=overwrite)
     set_up_devices(0.9)
     with open_checkpoint(resolve(model)) as checkpoint:
-        config = float_config(checkpoint)
-        task = Task(
-            model=str(model),
-            checkpoint=checkpoint,
-            config=config,
-            recipe=made,
-            linears=_linears(checkpoint, config, made),
-            output=output,
-            format=format,
-            overwrite=overwrite,
-        )
-        _check_export(task)
+        task = settle(str(model), checkpoint, made, output, format, overwrite=overwrite)
         data = None
         if needs_calibration(made, task.linears):
+            vocab_size = task.config.vocab_size
             data = load_calibration(
                 made.dataset,
-                load_tokenizer(checkpoint.folder, config.vocab_size),
-                config.vocab_size,
+                load_tokenizer(checkpoint.folder, vocab_size),
+                vocab_size,
                 num_calibration_samples=made.num_calibration_samples,
                 max_seq_length=made.max_seq_length,
                 seed=seed,
             )
         if dry_run:
-            return _report(task, data, [], [_estimate(task, data)])
+            return make_report(task, data, [], [_estimate(task, data)])
         return _run(task, data, resume=resume)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is to be done, settled and checked."""
-
-    model: str  # as the user named it
-    checkpoint: Checkpoint
-    config: LlamaConfig
-    recipe: Recipe
-    linears: Mapping[str, LinearRecipe]  # those that are quantized, by path
-    output: Path
-    format: str
-    overwrite: bool
-
-    @property
-    def schemes(self) -> dict[str, QuantScheme]:
-        return {path: linear.scheme for path, linear in self.linears.items()}
-
-
-def float_config(checkpoint: Checkpoint) -> LlamaConfig:
-    """The architecture of a model that is not quantized yet.
-
-    Raises:
-        CheckpointError: it is quantized, or its config.json is wrong.
-    """
-    config = LlamaConfig.from_hf(checkpoint.config)
-    quantization = parse_quantization(checkpoint, linear_shapes(config))
-    if quantization is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized already ({quantization.method}), and rounding what "
-            "was rounded loses more than it saves: give the original, or dequantize this one first "
-            f"with `qllama convert {checkpoint.folder} DIR --to bf16`"
-        )
-    return config
-
-
-def _linears(
-    checkpoint: Checkpoint, config: LlamaConfig, recipe: Recipe
-) -> dict[str, LinearRecipe]:
-    linears = resolve_recipe(recipe, linear_shapes(config))
-    if not linears:
-        raise ValueError("the recipe ignores every Linear: there is nothing to quantize")
-    if LM_HEAD in linears and f"{LM_HEAD}.weight" not in checkpoint.tensors:
-        raise ValueError(
-            f"{LM_HEAD} is tied to the embedding, which stays as it is; put it into ignore"
-        )
-    return linears
-
-
-def _check_export(task: Task) -> None:
-    """Refuse now what could not be written in the end."""
-    kv_cache = None if task.recipe.kv_cache_scheme is None else KVCacheScheme()
-    quantization_section(task.format, task.schemes, task.config, kv_cache=kv_cache)
-    check_tensors(task.checkpoint, task.config)
-
-
-# -- the run ---------------------------------------------------------------------------------------
 
 
 def _run(task: Task, data: CalibrationData | None, *, resume: bool) -> QuantizationReport:
@@ -220,7 +128,7 @@ def _run(task: Task, data: CalibrationData | None, *, resume: bool) -> Quantizat
             if len(journal.entries) < len(everything):
                 _quantize_units(task, data, everything, journal, display)
             display.phase("Writing and reading back")
-            report = _export(task, data, journal)
+            report = write_output(task, data, journal)
         journal.discard()
     return report
 
@@ -297,79 +205,11 @@ def _identity(task: Task, data: CalibrationData | None) -> dict[str, Any]:
     return {
         "model": fingerprint(task.checkpoint),
         "calibration": None if data is None else data.digest(),
-        "recipe": _plain(task.recipe),
-        "versions": _versions(),
+        "recipe": plain_recipe(task.recipe),
+        "versions": versions(),
         "device": jax.devices()[0].device_kind,
         "tokens_per_batch": tokens_per_batch(),
     }
-
-
-def _export(task: Task, data: CalibrationData | None, journal: Journal) -> QuantizationReport:
-    everything = units(task.config, task.linears)
-    numbers = {path: unit.number for unit in everything for path in unit.paths}
-    read = functools.lru_cache(1)(lambda number: journal.read(number, task.linears))
-    norms: dict[str, np.ndarray] = {}
-    kv_scales = {}
-    for unit in everything:
-        quantized = read(unit.number)
-        norms |= quantized.norms
-        if quantized.kv_scales is not None:
-            kv_scales[f"{unit.prefix}self_attn"] = quantized.kv_scales
-    report = _report(task, data, journal.entries, [])
-    export_checkpoint(
-        task.output,
-        source=task.checkpoint,
-        linears=lambda path: LinearWeights(read(numbers[path]).linears[path], None),
-        schemes=task.schemes,
-        to=task.format,
-        norms=norms,
-        kv_scales=kv_scales,
-        files={
-            REPORT_FILE: report.to_json().encode(),
-            PAGE_FILE: report_page(report).encode(),
-        },
-        damp_percent=task.recipe.default.options.dampening_frac,
-        overwrite=task.overwrite,
-    )
-    return report
-
-
-# -- the report ------------------------------------------------------------------------------------
-
-
-def _report(
-    task: Task, data: CalibrationData | None, entries: Sequence[Entry], notes: Sequence[str]
-) -> QuantizationReport:
-    statistics = jax.devices()[0].memory_stats() or {}
-    schemes = [linear.scheme.describe() for linear in task.linears.values()]
-    return QuantizationReport(
-        model=task.model,
-        output=str(task.output),
-        scheme=", ".join(dict.fromkeys(schemes)),
-        format=task.format,
-        recipe=_plain(task.recipe),
-        calibration=None if data is None else CalibrationReport(
-            source=data.source,
-            sequences=len(data.sequences),
-            tokens=data.tokens,
-            digest=data.digest(),
-        ),
-        versions=_versions(),
-        device=jax.devices()[0].device_kind,
-        seconds=sum((entry.seconds for entry in entries), Seconds()),
-        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        peak_device_bytes=statistics.get("peak_bytes_in_use"),
-        sizes=plan_sizes(task.checkpoint, task.linears, task.format),
-        linears=tuple(report for entry in entries for report in entry.linears),
-        notes=(*task.recipe.unused, *_shortage(task, data), *notes),
-    )  # fmt: skip
-
-
-def _shortage(task: Task, data: CalibrationData | None) -> list[str]:
-    shapes = linear_shapes(task.config)
-    solved = [shapes[path][1] for path, how in task.linears.items() if how.algorithm == "gptq"]
-    sentence = shortage(data.tokens, max(solved)) if data is not None and solved else None
-    return [] if sentence is None else [sentence]
 
 
 def _estimate(task: Task, data: CalibrationData | None) -> str:
@@ -380,23 +220,3 @@ def _estimate(task: Task, data: CalibrationData | None) -> str:
         f"about {seconds:.0f} s for {data.tokens} calibration tokens, if the run multiplies at "
         "half the speed that a large product of matrices was just measured to have"
     )
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """The options of a recipe as JSON values; the data themselves are not among them."""
-    value = dataclasses.asdict(replace(recipe, dataset=None, unused=()))
-    del value["dataset"], value["unused"]
-    plain: dict[str, Any] = json.loads(json.dumps(value))
-    return plain
-
-
-def _versions() -> dict[str, str]:
-    names = ("qllama", "jax", "jaxlib")
-    return {name: _version(name) for name in names} | {"python": platform.python_version()}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"

@@ -12,6 +12,9 @@ import numpy as np
 from qllama.gptq.linear import GPTQReport
 from qllama.quantization.qtensor import Array
 
+REPORT_FILE = "quantization_report.json"
+PAGE_FILE = "quantization_report.html"
+
 _FORMAT_VERSION = 1
 _DERIVED = ("loss_ratio", "relative_error", "sqnr_db")  # written for other readers
 

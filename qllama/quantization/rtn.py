@@ -71,9 +71,9 @@ def quantize_rtn(
     else:
         scale = rounded(divide(rounded(high - low), largest - smallest))
     kind = jnp.finfo(weight.dtype)
-    # A subnormal scale has lost bits, and is zero on many devices; blocks of zeros are no concern.
+    # A subnormal scale has lost bits, and is zero on many devices.
     usable = jnp.maximum(scale, float(kind.smallest_normal))
-    scale = jnp.where(scale == 0, float(kind.eps), usable)
+    scale = jnp.where(low == high, float(kind.eps), usable)  # then both are zero
 
     codes = rounded(divide(blocks, scale))
     zero = None
