@@ -183,6 +183,44 @@ def test_replicas_share_a_batch(wide: Callable[[str], Path], mesh: tuple[int, in
         )
 
 
+def test_everything_a_request_may_ask_for(tiny_llama3) -> None:
+    """The largest of the compiled variants, on two devices as on one."""
+    params = SamplingParams(
+        temperature=0.7,
+        seed=5,
+        max_tokens=10,
+        logprobs=3,
+        prompt_logprobs=2,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        logit_bias={7: 2.0},
+        bad_words=[" the"],
+        stop=["zzz"],
+    )
+    found = []
+    for size in (1, 2):
+        with LLM(tiny_llama3("ct_w4a16_g128"), dtype="float32", tensor_parallel_size=size) as llm:
+            (output,) = llm.generate("It is a truth", params)
+            found.append(output)
+    one, two = found
+    assert two.outputs[0].token_ids == one.outputs[0].token_ids
+    assert two.outputs[0].cumulative_logprob == pytest.approx(one.outputs[0].cumulative_logprob)
+    for mine, theirs in zip(two.prompt_logprobs[1:], one.prompt_logprobs[1:], strict=True):
+        assert [at.logprob for at in mine.values()] == pytest.approx(
+            [at.logprob for at in theirs.values()], abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_floats(tiny_llama3, dtype: str) -> None:
+    logits = []
+    for size in (1, 2):
+        with LLM(tiny_llama3("ct_w4a16_g128"), dtype=dtype, tensor_parallel_size=size) as llm:
+            logits.append(llm.logits(np.arange(5, 40)))
+    limits = {"max_abs": 0.25, "rel_rms": 0.01, "argmax_agreement": 0.95}
+    assert_near(logits[1], logits[0], limits)
+
+
 def test_requests_go_where_the_fewest_tokens_are() -> None:
     def request(tokens: int) -> Request:
         prompt = np.zeros(tokens, np.int32)
