@@ -245,8 +245,10 @@ def test_an_error_of_one_replica_ends_the_run(wide: Callable[[str], Path]) -> No
 def test_a_decode_step_sums_twice_a_layer_and_gathers_once(tiny_llama3) -> None:
     with LLM(tiny_llama3("ct_w8a8_int8"), dtype="float32", tensor_parallel_size=2) as llm:
         greedy(llm)
-        (key,) = [key for key in llm._engines[0].runner.programs if key[0] == "decode"]
-        text = llm._engines[0].runner.programs[key].as_text()
+        run = llm._engines[0].runner
+        (key,) = [key for key in run.programs if key[0] == "decode"]
+        text = run.programs[key].as_text()
+        cache = ",".join(map(str, run.cache.layers[0].addressable_shards[0].data.shape))
         layers = llm.config.num_hidden_layers
     collectives = re.findall(r" = \S+ (all-\w+|reduce-scatter|collective-\w+)\(", text)
     # The steps are a loop, so its body is there once; the one more sums the embedding's rows.
@@ -254,6 +256,7 @@ def test_a_decode_step_sums_twice_a_layer_and_gathers_once(tiny_llama3) -> None:
     assert collectives.count("all-gather") == 1
     assert len(collectives) == 2 * layers + 2
     assert " conditional(" not in text
+    assert not [line for line in text.splitlines() if f"f32[{cache}]" in line and " copy(" in line]
 
 
 @pytest.mark.parametrize("kind", ["ct_w4a16_g128", "ct_w8a8_int8"])
