@@ -186,7 +186,8 @@ def test_replicas_share_a_batch(
         assert dict(llm.mesh.shape) == {"data": replicas, "model": size}
         assert mixed(llm) == alone
         # Both had work: each filled its rows.
-        assert [engine.runner.cache.layers[0].shape[0] for engine in llm._engines] == [2, 2]
+        rows = [engine.runner.cache.layers[0].keys.shape[0] for engine in llm._engines]
+        assert rows == [2, 2]
 
 
 def test_everything_a_request_may_ask_for(tiny_llama3) -> None:
@@ -215,6 +216,14 @@ def test_everything_a_request_may_ask_for(tiny_llama3) -> None:
         assert [at.logprob for at in mine.values()] == pytest.approx(
             [at.logprob for at in theirs.values()], abs=1e-4
         )
+
+
+def test_what_an_evaluation_reads(tiny_llama3) -> None:
+    ids = np.arange(5, 40)
+    with LLM(tiny_llama3("ct_w4a16_g128"), dtype="float32", tensor_parallel_size=2) as llm:
+        logits, hidden, head = llm.logits(ids), llm.hidden_states(ids), llm.head()
+    assert hidden.shape == (len(ids), 256)
+    np.testing.assert_allclose(head(hidden), logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -254,7 +263,7 @@ def test_a_decode_step_sums_twice_a_layer_and_gathers_once(tiny_llama3) -> None:
         run = llm._engines[0].runner
         (key,) = [key for key in run.programs if key[0] == "decode"]
         text = run.programs[key].as_text()
-        cache = ",".join(map(str, run.cache.layers[0].addressable_shards[0].data.shape))
+        cache = ",".join(map(str, run.cache.layers[0].keys.addressable_shards[0].data.shape))
         layers = llm.config.num_hidden_layers
     collectives = re.findall(r" = \S+ (all-\w+|reduce-scatter|collective-\w+)\(", text)
     # The steps are a loop, so its body is there once; the one more sums the embedding's rows.
