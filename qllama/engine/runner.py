@@ -75,7 +75,9 @@ class Features:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     num_stop_ids: int = 8
-    bad_words: tuple[int, int] = (1, 1)
+    # Words are two tokens long at least: with one, the tokens before their last would be an array
+    # of no elements, at which XLA's compiler crashes in programs over several devices (jax 0.11.2).
+    bad_words: tuple[int, int] = (1, 2)
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> "Features":
@@ -94,7 +96,7 @@ class Features:
             num_stop_ids=bucket(max(len(r.stop_ids) for r in requests), smallest=8),
             bad_words=(
                 bucket(max(len(request.bad_words) for request in requests)),
-                bucket(max(map(len, words), default=1)),
+                bucket(max(map(len, words), default=1), smallest=2),
             ),
         )
 
