@@ -89,6 +89,8 @@ def measure(folder: Path, backend: str, cells: list[tuple[int, int]], repeat: in
         return time.perf_counter() - begin
 
     first = {cell: seconds(*cell, MANY) for cell in cells}
+    for cell in cells:
+        seconds(*cell, FEW)
     print("READY", flush=True)
     input()
     bandwidth, weights = _read_bandwidth(), _bytes_a_step(llm)

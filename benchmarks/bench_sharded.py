@@ -152,7 +152,7 @@ def _total(kernels: dict[str, float], belongs: Any) -> float:
 
 def _is_collective(kernel: str) -> bool:
     name = kernel.lower().replace("_", "").replace("-", "")
-    return any(word in name for word in ("nccl", "allreduce", "allgather"))
+    return any(word in name for word in ("nccl", "allreduce", "allgather", "psum"))
 
 
 def sums_alone(model: Any, batch: int) -> float:

@@ -73,6 +73,7 @@ def batch_matmul(
     row_scales = [scales] if per_block or not group_size else []
     token_scales = [] if per_block or input_scale is None else [jnp.atleast_1d(input_scale)]
     per_token = bool(token_scales) and input_scale.ndim > 0
+    loads = c.blocks if per_block else len(grouped)
     cta_rows = c.warpgroups * ROWS
     out_m = min(c.block_m, 32)
 
@@ -109,9 +110,14 @@ def batch_matmul(
             )
             plgpu.copy_gmem_to_smem(source, ring.at[slot], arrived)
             for ref, smem in zip(grouped_refs, grouped_ring, strict=True):
-                groups = pl.ds(block * (COLUMNS // group_size), per_step)
-                across = pl.ds(m0, c.block_m) if per_block else rows
-                plgpu.copy_gmem_to_smem(ref.at[groups, across], smem.at[slot], arrived)
+                if per_block:  # one by one: each has to lie at a multiple of 128 bytes
+                    for b in range(c.blocks):
+                        source = ref.at[block + b, pl.ds(m0, c.block_m)]
+                        target = smem.at[slot, b, pl.ds(0, c.block_m)]
+                        plgpu.copy_gmem_to_smem(source, target, arrived)
+                else:
+                    groups = pl.ds(block * (COLUMNS // group_size), per_step)
+                    plgpu.copy_gmem_to_smem(ref.at[groups, rows], smem.at[slot], arrived)
 
         def release(i):
             """This warpgroup has left step i; the first one refills its slot once all have."""
@@ -185,7 +191,10 @@ def batch_matmul(
 
                 def scaled(sums, b):
                     of_weight = block_smem[wg * ROWS // COLUMNS, (split * steps + i) * c.blocks + b]
-                    of_tokens = mosaic.load_columns(grouped_ring[0].at[slot, b]) * of_weight
+                    of_tokens = mosaic.load_columns(
+                        grouped_ring[0].at[slot, b, pl.ds(0, c.block_m)]
+                    )
+                    of_tokens = of_tokens * of_weight
                     return sums * lax.broadcast_in_dim(of_tokens, sums.shape, (1,))
 
                 acc = mosaic.add_products(acc, c.blocks, operands, scaled)
@@ -239,13 +248,13 @@ def batch_matmul(
         smem((c.stages, c.block_m, columns), x.dtype, transforms=x_transforms),
         ring,
         *[
-            smem((c.stages, per_step, c.block_m if per_block else cta_rows), g.dtype)
+            smem((c.stages, per_step, max(c.block_m, 32) if per_block else cta_rows), g.dtype)
             for g in grouped
         ],
         *([smem((c.block_m,), jnp.float32)] if per_token else []),
         *([smem((-(-cta_rows // COLUMNS), scales.shape[1]), jnp.float32)] if per_block else []),
         smem((c.warpgroups, out_m, ROWS), result_dtype),
-        plgpu.Barrier(num_arrivals=2 + len(grouped), num_barriers=c.stages),
+        plgpu.Barrier(num_arrivals=2 + loads, num_barriers=c.stages),
         plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
         plgpu.Barrier(),
     ]
