@@ -1,20 +1,25 @@
-"""How long GPTQ takes for the Linears of one decoder layer, from activations to codes.
+"""How long GPTQ takes: for the Linears of one decoder layer, or for a whole model.
 
     python benchmarks/bench_gptq.py --shape llama-3.1-8b --json benchmarks/results/gptq-h100.json
     python benchmarks/bench_gptq.py --sizes 960,576 --group-size 64 --tokens 32768
+    python benchmarks/bench_gptq.py --model DIR --dataset calib.txt --samples 128 --length 256
 
-One record for each input of the layer, with the weights that read it: q, k and v are solved
-together, and so are gate and up. Weights and activations are random, and the same chunk of
+For a layer there is one record for each input, with the weights that read it: q, k and v are
+solved together, and so are gate and up. Weights and activations are random, and the same chunk of
 activations is summed again and again; time does not depend on their values. The model's forward
 passes and its files are no part of this.
+
+With `--model` it is one run of `qllama.quantize`, whose report says where the time went: compiling
+and writing are in it, importing is not. `--peer NAME=SECONDS` is what another tool took.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +124,53 @@ def bench_stage(
     )
 
 
+def bench_run(
+    model: Path,
+    *,
+    scheme: str,
+    group_size: int | None = None,
+    dataset: str = "random-tokens",
+    samples: int = 512,
+    length: int = 2048,
+    peers: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Time a run of `qllama.quantize` with its defaults.
+
+    Returns:
+        A record. `value` and `parts` are in seconds, `peak_bytes` those of host and device.
+    """
+    from records import new_record
+
+    import qllama
+
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        report = qllama.quantize(
+            model,
+            Path(scratch, "quantized"),
+            scheme=scheme,
+            group_size=group_size,
+            dataset=dataset,
+            num_calibration_samples=samples,
+            max_seq_length=length,
+        )
+    took = time.perf_counter() - begin
+    parts = {name: round(value, 2) for name, value in asdict(report.seconds).items()}
+    return new_record(
+        "gptq",
+        model=model.name,
+        layers=len({linear.layer for linear in report.linears}),
+        scheme=report.scheme,
+        samples=samples,
+        length=length,
+        metric="s",
+        value=round(took, 1),
+        parts=parts | {"rest": round(took - sum(parts.values()), 2)},
+        peak_bytes={"host": report.peak_host_bytes, "device": report.peak_device_bytes},
+        peers=peers or {},
+    )
+
+
 def _quantize(
     weights: list[jax.Array], hessian: Hessian, scheme: QuantScheme, options: GPTQOptions
 ) -> list[Any]:
@@ -150,7 +202,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--tokens", type=int, default=512 * 2048)
     parser.add_argument("--repeat", type=int, default=5)
+    run = parser.add_argument_group("a whole model")
+    run.add_argument("--model", type=Path, metavar="DIR", help="a float checkpoint")
+    run.add_argument("--dataset", default="random-tokens", help="see `qllama quantize`")
+    run.add_argument("--samples", type=int, default=512)
+    run.add_argument("--length", type=int, default=2048)
+    run.add_argument("--peer", action="append", default=[], metavar="NAME=SECONDS")
     args = parser.parse_args(arguments)
+    if args.model is not None:
+        peers = {name: float(took) for name, _, took in (p.partition("=") for p in args.peer)}
+        record = bench_run(
+            args.model,
+            scheme=args.scheme,
+            group_size=args.group_size,
+            dataset=args.dataset,
+            samples=args.samples,
+            length=args.length,
+            peers=peers,
+        )
+        print(json.dumps(record), flush=True)
+        if args.json is not None:
+            merge_records(args.json, [record])
+        return
     scheme = PRESETS[args.scheme]
     if args.group_size is not None:
         scheme = QuantScheme(

@@ -16,6 +16,8 @@ So one mask leaves the pair e = 0, 1 of a row in the two halves of a word. Pure 
 is the exact inverse. N is padded to 64 and K to 128, with zeros.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -67,6 +69,8 @@ def unpack_tiles(words: jax.Array, bits: int) -> jax.Array:
     return values.reshape(tiles * 64, blocks * 128).astype(jnp.int8)
 
 
+# One program: step by step, the device would hold the weight as int32 several times over.
+@functools.partial(jax.jit, static_argnames=("k", "weight_dtype"))
 def pack(codes: jax.Array, *, k: int, weight_dtype: str) -> jax.Array:
     """Natural codes to fragments.
 
