@@ -8,11 +8,16 @@ Source: arXiv 2210.17323 (GPTQ), section 3.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# For programs with large float32 products in full precision. XLA for GPUs would try out many of
+# Triton's for each, none of which has tensor cores to use, before it turns to cuBLAS.
+FULL_FLOAT32 = {"xla_gpu_enable_triton_gemm": False}
 
 # What a damping fraction is of: the mean of diag H, or the mean with each entry cut to ten
 # medians, so that a few massive channels do not raise everyone's damping.
@@ -173,7 +178,7 @@ def default_dampening_frac(tokens: int, k: int) -> float:
     return 0.05 if tokens < 4 * k else 0.01
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=FULL_FLOAT32)
 def energy(errors: jax.Array, moments: jax.Array) -> jax.Array:
     """`d H d^T / 2` of every row d: the mean of `(d x_t)^2` over the tokens.
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qllama.gptq.hessian import FULL_FLOAT32
 from qllama.gptq.scales import Grid, code_dtype, dequantize_code, round_to_code
 from qllama.quantization.scheme import QuantScheme
 
@@ -61,7 +62,7 @@ def _factor(moments: jax.Array, damping: jax.Array, order: jax.Array, *, wide: b
     return Factor(feedback.astype(jnp.float32), jnp.square(root).astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnames=("scheme", "super_block"))
+@partial(jax.jit, static_argnames=("scheme", "super_block"), compiler_options=FULL_FLOAT32)
 def solve(
     weight: jax.Array,
     factor: Factor,
