@@ -98,7 +98,7 @@ def _front_matter(
         lines.append(f"license: {_yaml(license_name)}")
     if languages:
         lines += ["language:", *(f"- {_yaml(language)}" for language in languages)]
-    tags = ["llama", "llama-3", "qllama", *_FORM_TAGS.get(to, ())]
+    tags = ["llama", "qllama", *_FORM_TAGS.get(to, ())]
     library = "qllama" if to == "native" else "transformers"
     lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---"])

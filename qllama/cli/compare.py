@@ -10,6 +10,7 @@ from qllama.cli.options import add_engine_options, load_llm
 from qllama.cli.texts import add_text, default_window, read_file
 
 if TYPE_CHECKING:
+    from qllama.evaluate.compare import ComparisonResult
     from qllama.gptq.report import QuantizationReport
 
 SUMMARY = "measure how far one model's predictions are from another's"
@@ -42,11 +43,15 @@ def run(args: argparse.Namespace) -> None:
         reference = remember(llm, text, window=window, limit=args.limit)
     args.model = other
     result = compare_with(reference, load_llm(args), text)
+    _show(result, as_json=args.json)
     if report is not None:
         from qllama.gptq.report_page import report_page
 
         args.report.write_text(report_page(report, dataclasses.asdict(result)), encoding="utf-8")
-    if args.json:
+
+
+def _show(result: "ComparisonResult", *, as_json: bool) -> None:
+    if as_json:
         print(json.dumps(dataclasses.asdict(result)))
         return
     change = result.perplexity_b / result.perplexity_a - 1
