@@ -1,6 +1,7 @@
 """Verification: good checkpoints are good, and each rule that is broken is named."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -224,6 +225,9 @@ def test_an_interpreter_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         verify(folder, against="transformers", python=tmp_path)
     with pytest.raises(ValueError, match=r"transformers cannot run in .*: exit status 0"):
         verify(folder, against="transformers", python=shutil.which("true"))
+    monkeypatch.chdir("/")
+    with pytest.raises(ValueError, match=r"transformers cannot run in .*: exit status 0"):
+        verify(folder, against="transformers", python=os.path.relpath(shutil.which("true")))
     with pytest.raises(ValueError, match="against='vllm' is unknown; use transformers"):
         verify(folder, against="vllm")
     with pytest.raises(CheckpointError, match="there is no such folder"):

@@ -1,6 +1,7 @@
 """A checkpoint run here and by transformers, on the same tokens, in float32."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -174,9 +175,11 @@ def _their_logits(
     # Not this process's search path: an uninstalled qllama must not shadow the other's packages.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     program = _PROGRAM.read_text(encoding="utf-8")
+    found = shutil.which(python)
+    interpreter = os.path.abspath(found) if found else python  # it starts in another folder
     try:
         done = subprocess.run(
-            [python, "-c", program, str(inputs), str(outputs)],
+            [interpreter, "-c", program, str(inputs), str(outputs)],
             cwd=temporary,
             env=environment | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.DEVNULL,
