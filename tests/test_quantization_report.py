@@ -4,64 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import sample_reports
 
-from qllama.gptq.linear import GPTQReport
-from qllama.gptq.report import (
-    CalibrationReport,
-    LinearReport,
-    ModuleSize,
-    QuantizationReport,
-    ScaleHistogram,
-    Seconds,
-)
+from qllama.gptq.report import QuantizationReport, ScaleHistogram, Seconds
 
 
-def a_report(*, loss: float = 0.25) -> QuantizationReport:
-    figures = GPTQReport(
-        shape=(8, 4),
-        tokens=100,
-        dropped_tokens=1,
-        dead_columns=2,
-        diag_ratio=3.5,
-        dampening_frac=0.01,
-        damping=0.125,
-        rung="fp32",
-        loss=loss,
-        rtn_loss=0.5,
-        output_energy=100.0,
-        clipped=0.0,
-        notes=("1 calibration tokens were not finite and were left out",),
-    )
-    linear = LinearReport(
-        path="model.layers.3.mlp.down_proj",
-        layer=3,
-        scheme="W4A16",
-        algorithm="gptq",
-        figures=figures,
-        seconds=0.5,
-        scales=ScaleHistogram.of(np.float32([[0.25, 0.3], [1.0, 0.0]])),
-    )
-    return QuantizationReport(
-        model="a",
-        output="b",
-        scheme="W4A16",
-        format="compressed-tensors",
-        recipe={"observer": "hdiag"},
-        calibration=CalibrationReport(source="text.txt", sequences=2, tokens=100, digest="0"),
-        versions={"jax": "0"},
-        device="cpu",
-        seconds=Seconds(forward=1.0) + Seconds(forward=1.0, io=0.5),
-        peak_host_bytes=1,
-        peak_device_bytes=None,
-        sizes=(
-            ModuleSize(
-                module="mlp.down_proj", scheme="W4A16", count=1, bytes_before=4, bytes_after=1
-            ),
-            ModuleSize(module="model.norm", scheme="bf16", count=1, bytes_before=2, bytes_after=2),
-        ),
-        linears=(linear,),
-        notes=("a note",),
-    )
+def a_report(*, loss: float = 2.0) -> QuantizationReport:
+    linear = sample_reports.linear(3, "mlp.down_proj", loss, notes=("1 token was left out",))
+    seconds = Seconds(forward=1.0) + Seconds(forward=1.0, io=0.5)
+    return sample_reports.report(linear, seconds=seconds, notes=("a note",))
 
 
 def test_report_survives_json() -> None:
@@ -70,7 +21,7 @@ def test_report_survives_json() -> None:
     written = json.loads(report.to_json())
     assert written["seconds"] == {"forward": 2.0, "hessian": 0.0, "solve": 0.0, "io": 0.5}
     assert written["linears"][0]["figures"]["loss_ratio"] == 0.5
-    assert (report.bytes_before, report.bytes_after) == (6, 3)
+    assert (report.bytes_before, report.bytes_after) == (270_000_000, 108_000_000)
     assert report.linears[0].module == "mlp.down_proj"
 
 
