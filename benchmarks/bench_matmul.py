@@ -11,11 +11,9 @@ import argparse
 import contextlib
 import fcntl
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from qllama_kernels import dispatch, pallas, reference, tuning
 from qllama_kernels.tuning import Config, Problem, Scheme
+from records import merge_records, new_record
 
 # The Linears of Llama-3.1-8B and 3.3-70B with q, k, v and gate, up merged: (N, K).
 LLAMA_8B = {
@@ -341,52 +340,22 @@ def measure(
     config = None
     if not (tuning.X_BYTES[scheme] == 2 and m >= tuning.DENSE_M):
         config = tuning.to_record(tuning.choose(operands.problem, jax.devices()[0].device_kind))
-    return {
-        "benchmark": "matmul",
-        "device": jax.devices()[0].device_kind,
-        "devices": 1,
-        "jax": jax.__version__,
-        "revision": revision(),
-        "date": date.today().isoformat(),
-        "scheme": scheme,
-        "m": m,
-        "n": n,
-        "k": k,
-        "metric": "us",
-        "value": round(float(np.median(times)), 2),
-        "spread": [round(times[0], 2), round(times[-1], 2)],
-        "limit": round(limit_us(operands.problem, bandwidth), 2),
-        "max_rel_error": float(f"{max_rel_error(out, operands.expected):.2e}"),
-        "compile_s": round(seconds, 1),
-        "kernel": config["kernel"] if config else "dequantize + library",
-        "config": config["config"] if config else None,
-        "peers": peers,
-    }
-
-
-def revision() -> str:
-    """The commit of the code, or "unknown" outside a repository."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
+    return new_record(
+        "matmul",
+        scheme=scheme,
+        m=m,
+        n=n,
+        k=k,
+        metric="us",
+        value=round(float(np.median(times)), 2),
+        spread=[round(times[0], 2), round(times[-1], 2)],
+        limit=round(limit_us(operands.problem, bandwidth), 2),
+        max_rel_error=float(f"{max_rel_error(out, operands.expected):.2e}"),
+        compile_s=round(seconds, 1),
+        kernel=config["kernel"] if config else "dequantize + library",
+        config=config["config"] if config else None,
+        peers=peers,
     )
-    return found.stdout.strip() or "unknown"
-
-
-def merge(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write records into a file of them; one of the same product on the same device gives way."""
-
-    def key(record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(record[name] for name in ("device", "scheme", "n", "k", "m"))
-
-    old = json.loads(path.read_text()) if path.exists() else []
-    merged = {key(record): record for record in [*old, *records]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(merged[name]) for name in sorted(merged))
-    path.write_text(f"[\n{lines}\n]\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -433,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     flush=True,
                 )
                 if args.json:
-                    merge(args.json, [record])
+                    merge_records(args.json, [record])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 # What was found, rather than what was asked: records that differ only here are of one cell.
 _FOUND = (
     *("value", "spread", "limit", "parts", "peak_bytes", "peers", "max_rel_error"),
-    *("jax", "revision", "date"),
+    *("kernel", "config", "compile_s", "jax", "revision", "date"),
 )
 
 

@@ -1,6 +1,6 @@
 """Finds the fastest config of each product and writes the table that `tuning` reads.
 
-    python -m benchmarks.tune --out kernels/qllama_kernels/configs/nvidia_h200.json
+    python benchmarks/tune.py --out kernels/qllama_kernels/configs/nvidia_h200.json
 
 Each product has a process of its own. They compile side by side on all cores and take turns on the
 GPU, so that times are undisturbed. A config that fails is noted; one that hangs costs its process,
@@ -40,9 +40,8 @@ def products(
 
 def worker(folder: Path, problem: Problem, first: int, count: int) -> None:
     """Time candidates `first`... of one product, one line in its journal for each event."""
+    import bench_matmul
     import numpy as np
-
-    from benchmarks import bench_matmul
 
     journal = folder / f"{name(problem)}.jsonl"
 
@@ -109,7 +108,7 @@ def run(problems: list[Problem], folder: Path, *, limit_s: float, count: int) ->
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(running) < max(1, (os.cpu_count() or 2) - 2):
             problem, first = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.tune", "--worker", str(folder)]
+            command = [sys.executable, __file__, "--worker", str(folder)]
             command += [name(problem), str(first), str(count)]
             environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             with (folder / f"{name(problem)}.log").open("ab") as log:
@@ -172,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [problem] = products([scheme], [(int(n), int(k))], [int(m)])
         worker(Path(folder), problem, int(first), int(count))
         return
-    from benchmarks.bench_matmul import LLAMA_8B
+    from bench_matmul import LLAMA_8B
 
     shapes = list(LLAMA_8B.values())
     if args.shapes:
