@@ -89,7 +89,7 @@ class Seconds:
     forward: float = 0.0  # running the layers, with what was quantized before
     hessian: float = 0.0  # summing second moments and largest inputs
     solve: float = 0.0  # scales, factors and codes
-    io: float = 0.0  # reading weights, the journal, writing and checking the result
+    io: float = 0.0  # waiting for weights; the output is written after this is settled
 
     def __add__(self, other: "Seconds") -> "Seconds":
         names = [f.name for f in dataclasses.fields(self)]
