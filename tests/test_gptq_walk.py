@@ -1,5 +1,6 @@
 """Batches, streams, observers and SmoothQuant's arithmetic, against NumPy."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -23,7 +24,7 @@ K = 64
 def test_every_token_is_in_one_batch(tokens_per_batch: int) -> None:
     rng = np.random.default_rng(0)
     sequences = [rng.integers(1, 99, n).astype(np.int32) for n in [40, 3, 17, 40, 21, 8, 40, 1]]
-    batches = make_batches(sequences, tokens_per_batch)
+    batches = make_batches(sequences, tokens_per_batch, jax.devices()[:1])
     found = []
     for batch in batches:
         rows, length = batch.tokens.shape
@@ -39,20 +40,23 @@ def test_every_token_is_in_one_batch(tokens_per_batch: int) -> None:
 
 
 def test_sequences_of_one_length_are_not_padded() -> None:
-    batches = make_batches([np.ones(32, np.int32)] * 10, 128)
+    batches = make_batches([np.ones(32, np.int32)] * 10, 128, jax.devices()[:1])
     assert [batch.tokens.shape for batch in batches] == [(4, 32), (4, 32), (4, 32)]
     assert sum(int(batch.mask.sum()) for batch in batches) == 320
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("on_device", [True, False])
-def test_a_stream_can_be_rewritten_while_it_is_read(on_device: bool) -> None:
+def test_a_stream_can_be_rewritten_while_it_is_read(on_device: bool, count: int) -> None:
     arrays = [np.full((2, 3), i, ml_dtypes.bfloat16) for i in range(4)]
-    stream = Stream(4, on_device=on_device)
+    batches = make_batches([np.ones(8, np.int32)] * 4, 8, jax.devices()[:count])
+    stream = Stream(batches, on_device=on_device)
     for i, array in enumerate(arrays):
-        stream[i] = jnp.asarray(array)
+        stream[i] = jax.device_put(array, batches[i].device)
     stream.finish()
     for _ in range(2):
         for i in range(4):
+            assert stream[i].device == batches[i].device
             stream[i] = stream[i] * 2 + 1
         stream.finish()
     for i, array in enumerate(arrays):
@@ -75,6 +79,27 @@ def test_observer_leaves_out_padding_and_broken_tokens() -> None:
     np.testing.assert_allclose(second_moments(observer.hessian), hessian(counted), rtol=1e-5)
     np.testing.assert_array_equal(observer.absmax, np.abs(counted).max(axis=0))
     assert int(observer.bad) == 1  # type: ignore[call-overload]
+
+
+def test_observers_on_several_devices_add_up() -> None:
+    x = activations(40, K).reshape(4, 10, K)
+    x[3, 1, 2] = np.nan
+    devices = jax.devices()[:3]
+    observer = InputObserver.of(K, hessian=True, absmax=True)
+    assert observer is not None
+    seen = observer.spread(devices)
+    assert seen[devices[0]] is observer
+    for i, row in enumerate(x):
+        there = jax.device_put((row[None], np.ones((1, 10), bool)), devices[i % 3])
+        seen[devices[i % 3]].see(*there)
+    for device in devices[1:]:
+        observer.add(seen[device])
+    counted = np.delete(x.reshape(40, K), 31, axis=0).astype(np.float64)
+    assert observer.hessian is not None
+    assert int(observer.hessian.tokens) == 39
+    np.testing.assert_allclose(second_moments(observer.hessian), hessian(counted), rtol=1e-4)
+    np.testing.assert_array_equal(observer.absmax, np.abs(counted).max(axis=0))
+    assert (observer.tokens, int(observer.bad)) == (40, 1)  # type: ignore[call-overload]
 
 
 def test_observing_nothing_needs_no_observer() -> None:

@@ -121,6 +121,14 @@ def _add_method(group: "argparse._ArgumentGroup") -> None:
 
 def _add_run(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
+        "-dp",
+        "--data-parallel-size",
+        type=int,
+        default=_UNSET,
+        metavar="N",
+        help="devices that share the calibration sequences and the solving (default: 1)",
+    )
+    group.add_argument(
         "--dry-run", action="store_true", help="show sizes and an estimate of the time, no more"
     )
     group.add_argument(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qllama_convert.linear import LinearWeights
 
 from qllama.gptq.linear import quantize_gptq
@@ -21,7 +22,9 @@ from qllama.gptq.smoothquant import (
 )
 from qllama.gptq.source import Unit, UnitWeights
 from qllama.gptq.walk import Observe
+from qllama.parallel.mesh import DATA, replicated
 from qllama.quantization.qtensor import QTensor
+from qllama.quantization.scheme import QuantScheme
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Replaying:
         return self.unit.norms.get(path, self.weights.norms[path])
 
     def kv_scales(
-        self, observe: Callable[[], tuple[jax.Array, jax.Array]]
+        self, observe: Callable[[], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray] | None:
         return self.unit.kv_scales
 
@@ -70,12 +73,14 @@ class Quantizing(Replaying):
         weights: UnitWeights,
         recipes: Mapping[str, LinearRecipe],
         *,
+        mesh: Mesh,
         smoothquant_strength: float | None = None,
         kv_cache: bool = False,
         on_linear: Callable[[LinearReport], None] = lambda report: None,
     ) -> None:
         super().__init__(place, weights, QuantizedUnit())
         self.recipes = recipes
+        self.mesh = mesh  # the devices to solve on
         self.smoothquant_strength = smoothquant_strength
         self.kv_cache = kv_cache
         self.on_linear = on_linear
@@ -125,7 +130,7 @@ class Quantizing(Replaying):
             self.linears([path.removeprefix(self.place.prefix)], lambda observer: None)
 
     def kv_scales(
-        self, observe: Callable[[], tuple[jax.Array, jax.Array]]
+        self, observe: Callable[[], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray] | None:
         if self.kv_cache:
             keys, values = observe()
@@ -155,25 +160,26 @@ class Quantizing(Replaying):
         input_scale: np.float32 | None,
         begin: float,
     ) -> None:
+        spread = _over_rows(weights, recipe.scheme, self.mesh)
         try:
             if recipe.algorithm == "gptq":
                 assert observer is not None
                 assert observer.hessian is not None
+                hessian = observer.hessian
+                if spread is not weights:
+                    hessian = jax.device_put(hessian, replicated(self.mesh))
                 results = quantize_gptq(
-                    weights,
-                    observer.hessian,
-                    recipe.scheme,
-                    recipe.options,
-                    input_scale=input_scale,
+                    spread, hessian, recipe.scheme, recipe.options, input_scale=input_scale
                 )
             else:
-                results = quantize_nearest(weights, recipe.scheme, input_scale=input_scale)
+                results = quantize_nearest(spread, recipe.scheme, input_scale=input_scale)
         except ValueError as error:
             raise ValueError(f"{', '.join(paths)}: {error}") from error
         seconds = time.perf_counter() - begin
         rows = sum(weight.shape[0] for weight in weights)
         for path, result in zip(paths, results, strict=True):
-            self.unit.linears[path] = result.weight
+            weight = jax.device_get(result.weight)
+            self.unit.linears[path] = weight
             report = LinearReport(
                 path=path,
                 layer=self.place.layer,
@@ -182,10 +188,21 @@ class Quantizing(Replaying):
                 figures=result.report,
                 input_scale=None if input_scale is None else float(input_scale),
                 seconds=seconds * result.report.shape[0] / rows,
-                scales=ScaleHistogram.of(result.weight.scales),
+                scales=ScaleHistogram.of(weight.scales),
             )
             self.unit.reports.append(report)
             self.on_linear(report)
+
+
+def _over_rows(
+    weights: Sequence[np.ndarray], scheme: QuantScheme, mesh: Mesh
+) -> Sequence[np.ndarray] | Sequence[jax.Array]:
+    """Equal parts of the rows of each weight on every device; as they are, for one device, where
+    rows share a scale, or where the devices do not divide them."""
+    own_scales = scheme.strategy in ("channel", "group")
+    if mesh.size == 1 or not own_scales or any(w.shape[0] % mesh.size for w in weights):
+        return weights
+    return [jax.device_put(w, NamedSharding(mesh, PartitionSpec(DATA))) for w in weights]
 
 
 def _check_finite(paths: Sequence[str], observer: InputObserver) -> None:

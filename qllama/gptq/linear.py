@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from qllama_kernels.packing import pack_int4
 
 from qllama.gptq.hessian import (
@@ -133,8 +134,8 @@ def quantize_gptq(
 ) -> list[GPTQResult]:
     """Quantize weights `[N_i, K]` that read the same input, such as q, k and v, in one solve.
 
-    Each gets the codes it would get alone. Rows may be sharded: nothing is exchanged between them
-    except by scales of a whole tensor or a block.
+    Each gets the codes it would get alone. Rows may be spread over devices (NamedSharding, one
+    axis), the Hessian being on all of them: they exchange nothing but whole weights to stack.
 
     Args:
         weights: all bfloat16, float16 or float32; scales get that dtype. numpy arrays give
@@ -240,13 +241,14 @@ def _climb(
     order = jnp.arange(k)
     if options.actorder == "static":
         order = jnp.argsort(-jnp.diagonal(moments.matrix), stable=True)
+    rows = weight.sharding if isinstance(weight.sharding, NamedSharding) else None
     first = options.dampening_frac
     if first is None:
         first = default_dampening_frac(moments.tokens, k)
     for rung, frac in _rungs(first) if moments.trouble is None else ():
         damping = moments.damping(frac)
         factors = factor(moments.matrix, damping, order, wide=rung != "fp32")
-        codes, account = solve(weight, factors, order, wide, scheme)
+        codes, account = solve(weight, factors, order, wide, scheme, rows=rows)
         errors = _errors(weight, codes, wide)
         loss = energy(errors, moments.matrix)
         damped = loss + _damping_loss(errors, damping)

@@ -13,7 +13,7 @@ from qllama.quantization.scheme import QuantScheme
 
 
 def quantize_nearest(
-    weights: Sequence[np.ndarray],
+    weights: Sequence[Array],
     scheme: QuantScheme,
     *,
     input_scale: Array | float | None = None,

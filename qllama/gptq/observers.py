@@ -1,6 +1,8 @@
 """What is remembered of the inputs of Linears, and of keys and values."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,10 @@ MAX_BAD_SHARE = 1e-3
 
 @dataclass(kw_only=True)
 class InputObserver:
-    """Looks at one input of K features, batch after batch, and never waits for the device."""
+    """Looks at one input of K features, batch after batch, and never waits for the device.
+
+    Batches on several devices are seen by one on each of them, see `spread`.
+    """
 
     hessian: Hessian | None  # None: not wanted
     absmax: jax.Array | None  # float32 [K], the largest magnitude of each feature; None: not wanted
@@ -42,6 +47,28 @@ class InputObserver:
             self.hessian = accumulate(self.hessian, x, mask)
             self.bad = self.hessian.dropped
 
+    def spread(self, devices: Sequence[jax.Device]) -> dict[jax.Device, "InputObserver"]:
+        """Observers of the batches on each device, the first being this one. It has seen nothing,
+        and is to be given the others with `add` in the end."""
+        parts = [self, *(replace(self) for _ in devices[1:])]
+        for part, device in zip(parts, devices, strict=True):
+            part.hessian, part.absmax, part.bad = jax.tree.map(
+                partial(jnp.zeros_like, device=device), (part.hessian, part.absmax, part.bad)
+            )
+        return dict(zip(devices, parts, strict=True))
+
+    def add(self, other: "InputObserver") -> None:
+        """See all that `other`, which observes the same and may lie on another device, has seen."""
+        self.tokens += other.tokens
+        if self.absmax is not None:
+            here = self.absmax.device
+            self.absmax = jnp.maximum(self.absmax, jax.device_put(other.absmax, here))
+            self.bad += jax.device_put(other.bad, here)
+        if self.hessian is not None:
+            theirs = jax.device_put(other.hessian, self.hessian.total.device)
+            self.hessian = _together(self.hessian, theirs)
+            self.bad = self.hessian.dropped
+
     def ready(self) -> None:
         """Wait for the device."""
         jax.block_until_ready((self.hessian, self.absmax, self.bad))
@@ -58,6 +85,11 @@ def _widen(
         jnp.maximum(absmax, jnp.max(size, axis=(0, 1))),
         bad + jnp.sum(mask & ~finite, dtype=jnp.int32),
     )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _together(mine: Hessian, theirs: Hessian) -> Hessian:
+    return jax.tree.map(jnp.add, mine, theirs)
 
 
 def fp8_scale(absmax: np.ndarray | jax.Array | float) -> np.float32:

@@ -7,7 +7,6 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from qllama_convert.export import export_checkpoint
 from qllama_convert.linear import LinearWeights
@@ -102,7 +101,8 @@ def make_report(
     notes: Sequence[str] = (),
 ) -> QuantizationReport:
     """The report of a run that has finished these units."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    devices = list(task.mesh.devices.flat)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     schemes = [linear.scheme.describe() for linear in task.linears.values()]
     return QuantizationReport(
         model=task.model,
@@ -117,10 +117,10 @@ def make_report(
             digest=data.digest(),
         ),
         versions=versions(),
-        device=jax.devices()[0].device_kind,
+        device=f"{len(devices)} x " * (len(devices) > 1) + devices[0].device_kind,
         seconds=sum((entry.seconds for entry in entries), Seconds()),
         peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        peak_device_bytes=statistics.get("peak_bytes_in_use"),
+        peak_device_bytes=max((peak for peak in peaks if peak is not None), default=None),
         sizes=plan_sizes(task.checkpoint, task.linears, task.format),
         linears=tuple(report for entry in entries for report in entry.linears),
         notes=(*task.recipe.unused, *_shortage(task, data), *notes),

@@ -47,6 +47,7 @@ def quantize(
     ignore: str | Sequence[str] = (LM_HEAD,),
     recipe: str | Path | Mapping[str, Any] | None = None,
     format: str = "compressed-tensors",
+    data_parallel_size: int = 1,
     seed: int = 0,
     resume: bool = True,
     overwrite: bool = False,
@@ -55,7 +56,7 @@ def quantize(
     """Quantize a float checkpoint and write it as one that vLLM, transformers and qllama load.
 
     Interrupted at any moment, the same call goes on after the last finished layer; equal arguments
-    on equal devices give equal bytes, but for the times in the report.
+    on equal devices, and as many, give equal bytes, but for the times in the report.
 
     Args:
         model: a checkpoint folder or a Hub id, not quantized yet.
@@ -75,6 +76,8 @@ def quantize(
         ignore: Linears that stay as they are: paths, or "re:" and a regular expression.
         recipe: a YAML file, the name of one that comes with qllama, or what one would hold.
         format: "compressed-tensors", "gptq", "fp8" (AutoFP8), or "bf16" (dequantized).
+        data_parallel_size: devices that share the calibration sequences, and the rows of every
+            weight when it is solved. The result depends on it by rounding alone.
         seed: of random calibration tokens.
         resume: go on with an interrupted run; False: discard what it did.
         overwrite: replace an existing output.
@@ -104,7 +107,15 @@ def quantize(
     output = check_output_folder(output_dir, overwrite=overwrite)
     set_up_devices(0.9)
     with open_checkpoint(resolve(model)) as checkpoint:
-        task = settle(str(model), checkpoint, made, output, format, overwrite=overwrite)
+        task = settle(
+            str(model),
+            checkpoint,
+            made,
+            output,
+            format,
+            overwrite=overwrite,
+            data_parallel_size=data_parallel_size,
+        )
         data = None
         if needs_calibration(made, task.linears):
             vocab_size = task.config.vocab_size
@@ -164,6 +175,7 @@ def _quantize_units(
                 unit,
                 weights,
                 task.linears,
+                mesh=task.mesh,
                 smoothquant_strength=task.recipe.smoothquant_strength,
                 kv_cache=task.recipe.kv_cache_scheme is not None and unit.layer is not None,
                 on_linear=display.linear,
@@ -191,12 +203,12 @@ def _decide(decisions: Quantizing, unit: Unit, walk: Walk | None) -> Seconds:
 def _start_walk(task: Task, data: CalibrationData) -> Walk:
     config = task.config
     dtype = compute_dtype("auto", config.dtype)
-    batches = make_batches(data.sequences, tokens_per_batch())
+    devices = list(task.mesh.devices.flat)
+    batches = make_batches(data.sequences, tokens_per_batch(), devices)
     embed_tokens = ModuleTensors(task.checkpoint, EMBED_TOKENS).read_floats(
         "weight", embedding_shape(config)
     )
-    tokens = sum(batch.tokens.size for batch in batches)
-    placement = place(config, tokens, dtype)
+    placement = place(config, batches, dtype)
     return Walk(config, batches, embed_tokens, dtype=dtype, placement=placement)
 
 
@@ -208,6 +220,7 @@ def _identity(task: Task, data: CalibrationData | None) -> dict[str, Any]:
         "recipe": plain_recipe(task.recipe),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
+        "data_parallel_size": task.mesh.size,
         "tokens_per_batch": tokens_per_batch(),
     }
 
@@ -215,7 +228,8 @@ def _identity(task: Task, data: CalibrationData | None) -> dict[str, Any]:
 def _estimate(task: Task, data: CalibrationData | None) -> str:
     if data is None:
         return "the scheme needs no calibration: the time is that of reading and writing"
-    seconds = estimate_seconds(task.config, task.linears, [len(s) for s in data.sequences])
+    lengths = [len(sequence) for sequence in data.sequences]
+    seconds = estimate_seconds(task.config, task.linears, lengths, task.mesh.size)
     return (
         f"about {seconds:.0f} s for {data.tokens} calibration tokens, if the run multiplies at "
         "half the speed that a large product of matrices was just measured to have"

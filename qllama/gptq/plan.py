@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -11,6 +12,7 @@ from qllama_convert.names import linear_shapes, split_name
 
 from qllama.config import LlamaConfig
 from qllama.device import free_memory
+from qllama.gptq.batches import Batch
 from qllama.gptq.recipe import LinearRecipe
 from qllama.gptq.report import ModuleSize
 from qllama.gptq.walk import Placement
@@ -62,22 +64,26 @@ def stored_bytes(scheme: QuantScheme, shape: tuple[int, int], itemsize: int) -> 
 
 
 def estimate_seconds(
-    config: LlamaConfig, linears: Mapping[str, LinearRecipe], lengths: Sequence[int]
+    config: LlamaConfig,
+    linears: Mapping[str, LinearRecipe],
+    lengths: Sequence[int],
+    devices: int,
 ) -> float:
-    """The time of a calibrated run on the present device: its multiplications, at half the speed
-    that one large product of matrices is measured to have here.
+    """The time of a calibrated run on devices like the present one: its multiplications, at half
+    the speed that one large product of matrices is measured to have here.
 
     Args:
         config: of the model.
         linears: path -> recipe of those that are quantized.
         lengths: tokens of each sequence.
+        devices: how many share them, and the rows of weights; each factors every Hessian.
     """
     tokens = sum(lengths)
     wide = jnp.dtype("float32")
     narrow = jnp.dtype(config.dtype) if jax.default_backend() == "gpu" else wide
     heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     products = 4.0 * heads * sum(length**2 for length in lengths)
-    solving = 0.0
+    solving = factoring = 0.0
     for path, (n, k) in linear_shapes(config).items():
         products += 2.0 * n * k * tokens * (".layers." in path)
         recipe = linears.get(path)
@@ -85,8 +91,9 @@ def estimate_seconds(
             solving += 3.0 * n * k * k  # the solve, and losses of two candidates
             if not path.endswith(("k_proj", "v_proj", "up_proj")):  # they share a Hessian
                 products += 2.0 * k * k * tokens * _PANELS
-                solving += k**3
-    return (products / _speed(narrow) + solving / _speed(wide)) / _EFFICIENCY
+                factoring += k**3
+    seconds = products / devices / _speed(narrow)
+    return (seconds + (solving / devices + factoring) / _speed(wide)) / _EFFICIENCY
 
 
 def _speed(dtype: jnp.dtype) -> float:
@@ -105,20 +112,24 @@ def tokens_per_batch() -> int:
     return 16384 if jax.default_backend() == "gpu" else 1024
 
 
-def place(config: LlamaConfig, tokens: int, dtype: jnp.dtype) -> Placement:
+def place(config: LlamaConfig, batches: Sequence[Batch], dtype: jnp.dtype) -> Placement:
     """Where the arrays of a walk fit.
 
     Args:
         config: of the model.
-        tokens: of all batches, padding included.
+        batches: all of them; the device that has most decides.
         dtype: the compute dtype.
     """
+    load: Counter[jax.Device] = Counter()
+    for each in batches:
+        load[each.device] += each.tokens.size
+    tokens = max(load.values())
     d, f = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     # Of the solver: Hessian, its symmetric form, factor and what makes it; weights, errors, codes.
     solver = max(6 * 4 * f * f + 5 * 4 * d * f, 6 * 4 * d * d + 5 * 4 * 2 * d * f)
     batch = 4 * tokens_per_batch() * (d + queries + 3 * f)
-    room = free_memory(jax.local_devices()[:1]) - solver - batch
+    room = free_memory(list(load)) - solver - batch
     streams = tokens * (d + queries) * dtype.itemsize
     with_swiglu = streams + tokens * f * dtype.itemsize
     on_host = jax.default_backend() == "cpu"  # no other memory to turn to

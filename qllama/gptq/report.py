@@ -114,7 +114,7 @@ class QuantizationReport:
     device: str
     seconds: Seconds
     peak_host_bytes: int
-    peak_device_bytes: int | None  # None where the device does not tell, such as a CPU
+    peak_device_bytes: int | None  # of the fullest; None where it does not tell, such as a CPU
     sizes: tuple[ModuleSize, ...]  # of all tensors
     linears: tuple[LinearReport, ...]
     notes: tuple[str, ...] = field(default=())  # about the run as a whole, in sentences

@@ -4,7 +4,8 @@ With the columns in processing order let `H + damping = U diag(p) U^T`, U unit u
 Column j is then rounded from `w_j + sum_{i<j} U_ij (w_i - q_i)`, and rounding it costs `p_j / 2`
 times its squared error. This is GPTQ's recursion without an inverse (QuIP's LDLQ). The sum over
 finished columns is the same formula at every level: products of matrices for super-blocks, blocks
-and runs of a few columns, plain arithmetic inside a run. Rows never mix, so they may be sharded.
+and runs of a few columns, plain arithmetic inside a run. Rows never mix, so they may be spread over
+devices.
 
 Sources: arXiv 2210.17323 (GPTQ), 2307.13304 (QuIP), 2507.18553.
 """
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qllama.gptq.hessian import FULL_FLOAT32
 from qllama.gptq.scales import Grid, code_dtype, dequantize_code, round_to_code
@@ -62,7 +64,7 @@ def _factor(moments: jax.Array, damping: jax.Array, order: jax.Array, *, wide: b
     return Factor(feedback.astype(jnp.float32), jnp.square(root).astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnames=("scheme", "super_block"), compiler_options=FULL_FLOAT32)
+@partial(jax.jit, static_argnames=("scheme", "rows", "super_block"), compiler_options=FULL_FLOAT32)
 def solve(
     weight: jax.Array,
     factor: Factor,
@@ -70,6 +72,7 @@ def solve(
     grid: Grid,
     scheme: QuantScheme,
     *,
+    rows: NamedSharding | None = None,
     super_block: int = 2048,
 ) -> tuple[jax.Array, jax.Array]:
     """The codes of a weight whose scales are settled. Compiled once per shape and scheme.
@@ -80,6 +83,8 @@ def solve(
         order: int32 `[K]`, as given to `factor`.
         grid: wide; a group is K/G columns that are neighbours in the original order.
         scheme: how codes are rounded.
+        rows: of `weight`, if its rows are spread over devices. Each solves its own by the program
+            that one device would run; XLA's for CPUs crashes if left to divide it (jax 0.11.2).
         super_block: a multiple of 128. So many columns meet all finished ones in one matmul; more
             of them make a shorter program and more multiplications by zero.
 
@@ -88,6 +93,27 @@ def solve(
         float32 `[N]`, each row's `d (H + damping) d^T / 2` with d = w - q, as the recursion adds
         it up: it agrees with the product only if the factor is accurate.
     """
+    here = partial(_solve_rows, scheme=scheme, super_block=super_block)
+    if rows is None:
+        return here(weight, factor, order, grid)
+    every, (axis,) = PartitionSpec(), rows.spec
+    return jax.shard_map(
+        here,
+        mesh=rows.mesh,
+        in_specs=(rows.spec, every, every, PartitionSpec(None, axis)),
+        out_specs=rows.spec,
+        check_vma=False,  # loops begin with zeros, which are the same on all devices
+    )(weight, factor, order, grid)
+
+
+def _solve_rows(
+    weight: jax.Array,
+    factor: Factor,
+    order: jax.Array,
+    grid: Grid,
+    scheme: QuantScheme,
+    super_block: int,
+) -> tuple[jax.Array, jax.Array]:
     n, k = weight.shape
     pad = -k % BLOCK  # columns of zeros, after all others
     columns = jnp.pad(weight.astype(jnp.float32).T[order], [(0, pad), (0, 0)])

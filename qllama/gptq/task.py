@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.export_section import quantization_section
 from qllama_convert.kv_cache_scheme import KVCacheScheme
@@ -19,6 +20,7 @@ from qllama.config import LlamaConfig
 from qllama.errors import CheckpointError
 from qllama.gptq.recipe import LinearRecipe, Recipe, resolve_recipe
 from qllama.gptq.source import check_tensors
+from qllama.parallel.mesh import make_mesh
 from qllama.quantization.scheme import QuantScheme
 
 
@@ -34,6 +36,7 @@ class Task:
     output: Path
     format: str
     overwrite: bool
+    mesh: Mesh  # one row for each device of the run
 
     @property
     def schemes(self) -> dict[str, QuantScheme]:
@@ -48,13 +51,17 @@ def settle(
     format: str,
     *,
     overwrite: bool,
+    data_parallel_size: int,
 ) -> Task:
     """The task, refused now if it could not be done in the end.
 
     Raises:
         CheckpointError: the model is quantized already, or something is wrong with it.
-        ValueError: the recipe does not fit the model, or the format cannot hold the result.
+        ValueError: the recipe does not fit the model, or the format cannot hold the result; or
+            there are fewer devices than asked for.
     """
+    if not isinstance(data_parallel_size, int) or data_parallel_size < 1:
+        raise ValueError(f"data_parallel_size={data_parallel_size!r} must be a positive integer")
     config = _float_config(checkpoint)
     task = Task(
         model=model,
@@ -65,6 +72,7 @@ def settle(
         output=output,
         format=format,
         overwrite=overwrite,
+        mesh=make_mesh(data_parallel_size=data_parallel_size),
     )
     kv_cache = None if recipe.kv_cache_scheme is None else KVCacheScheme()
     quantization_section(format, task.schemes, config, kv_cache=kv_cache)

@@ -10,7 +10,8 @@ input just computed is decided upon:
     down_proj
 
 So every Linear is calibrated on what the quantized ones before it make, and runs once. Nothing
-waits for the device within a pass.
+waits for the device within a pass: batches on several devices run at once, and these exchange
+nothing but what was observed, at its end.
 
 Legend: B rows, T tokens, D hidden_size, H head_dim.
 """
@@ -58,7 +59,7 @@ class Decisions(Protocol):
         """The weight `[D]` of a norm, as it is by now."""
 
     def kv_scales(
-        self, observe: Callable[[], tuple[jax.Array, jax.Array]]
+        self, observe: Callable[[], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Scales of a float8 cache, or None for no such cache. `observe` makes a pass and returns
         the largest magnitudes of keys and of values."""
@@ -87,19 +88,20 @@ class Walk:
         """
         Args:
             config: of the model.
-            batches: all of them; the walk keeps one array `[B, T, D]` for each.
+            batches: all of them; the walk keeps one array `[B, T, D]` for each, on its device.
             embed_tokens: `[V, D]` on the host.
             dtype: the compute dtype.
             placement: see there.
         """
         self.config = config
         self.batches = batches
+        self.devices = list(dict.fromkeys(batch.device for batch in batches))
         self.dtype = dtype
         self.placement = placement
         self.seconds = Seconds()
         self.x = self._stream()
         for i, batch in enumerate(batches):
-            self.x[i] = jnp.asarray(embed_tokens[batch.tokens]).astype(dtype)
+            self.x[i] = jax.device_put(embed_tokens[batch.tokens], batch.device).astype(dtype)
         self.x.finish()
 
     def layer(self, decisions: Decisions) -> None:
@@ -161,29 +163,33 @@ class Walk:
         observed."""
         if observer is None and store is None:
             return
-        graphdef, state = nnx.split(nnx.List(modules))
+        graphdef, copies = self._copies(modules, constants)
+        seen = {} if observer is None else observer.spread(self.devices)
         # One batch, none that is compiled for, is waited for to see how its time divides.
-        sample, share = min(1, len(self.batches) - 1), 0.0
+        sample, share = min(len(self.devices), len(self.batches) - 1), 0.0
         begin = time.perf_counter()
         for i, batch in enumerate(self.batches):
             arrays = [stream[i] for stream in streams]
             if i == sample:
                 jax.block_until_ready(arrays)
                 if observer is not None:
-                    observer.ready()
+                    seen[batch.device].ready()
             start = time.perf_counter()
-            made = _run(stage, self.config, graphdef, state, constants, batch.lengths, *arrays)
+            here = copies[batch.device]
+            made = _run(stage, self.config, graphdef, *here, batch.lengths, *arrays)
             if i == sample:
                 jax.block_until_ready(made)
             middle = time.perf_counter()
             if observer is not None:
-                observer.see(made[-1], batch.mask)
+                seen[batch.device].see(made[-1], batch.mask)
                 if i == sample:
-                    observer.ready()
+                    seen[batch.device].ready()
                     share = (time.perf_counter() - middle) / (time.perf_counter() - start)
             if store is not None:
                 store[i] = made[0]
         if observer is not None:
+            for device in self.devices[1:]:
+                observer.add(seen[device])
             observer.ready()
         if store is not None:
             store.finish()
@@ -192,22 +198,28 @@ class Walk:
 
     def _largest_keys_and_values(
         self, modules: Sequence[nnx.Module]
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         begin = time.perf_counter()
-        graphdef, state = nnx.split(nnx.List(modules))
+        graphdef, copies = self._copies(modules, ())
         largest = []
         for i, batch in enumerate(self.batches):
-            made = _run(
-                _keys_and_values, self.config, graphdef, state, (), batch.lengths, self.x[i]
-            )
+            here = copies[batch.device]
+            made = _run(_keys_and_values, self.config, graphdef, *here, batch.lengths, self.x[i])
             largest.append(_largest(batch.mask, made))
-        keys, values = jnp.max(jnp.stack(largest), axis=0)
-        keys.block_until_ready()
+        keys, values = np.max(jax.device_get(largest), axis=0)
         self.seconds += Seconds(hessian=time.perf_counter() - begin)
         return keys, values
 
+    def _copies(
+        self, modules: Sequence[nnx.Module], constants: Sequence[jax.Array]
+    ) -> tuple[nnx.GraphDef, dict[jax.Device, tuple[nnx.State, Sequence[jax.Array]]]]:
+        """The modules' structure, and on every device their arrays and the constants."""
+        graphdef, state = nnx.split(nnx.List(modules))
+        arrays = state, constants
+        return graphdef, {device: jax.device_put(arrays, device) for device in self.devices}
+
     def _stream(self) -> Stream:
-        return Stream(len(self.batches), on_device=self.placement.on_device)
+        return Stream(self.batches, on_device=self.placement.on_device)
 
     def _norm(self, decisions: Decisions, name: str) -> RMSNorm:
         weight = jnp.asarray(decisions.norm(name)).astype(self.dtype)

@@ -19,7 +19,8 @@ def make_mesh(tensor_parallel_size: int = 1, data_parallel_size: int = 1) -> Mes
     if wanted > len(devices):
         sizes = f"tensor_parallel_size={tensor_parallel_size}"
         if data_parallel_size > 1:
-            sizes += f" x data_parallel_size={data_parallel_size}"
+            replicas = f"data_parallel_size={data_parallel_size}"
+            sizes = replicas if tensor_parallel_size == 1 else f"{sizes} x {replicas}"
         kinds = sorted({device.device_kind for device in devices})
         raise ValueError(
             f"{sizes} needs {wanted} devices, but there are {len(devices)} ({', '.join(kinds)})"
