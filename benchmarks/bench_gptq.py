@@ -132,6 +132,7 @@ def bench_run(
     dataset: str = "random-tokens",
     samples: int = 512,
     length: int = 2048,
+    devices: int = 1,
     peers: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Time a run of `qllama.quantize` with its defaults.
@@ -153,11 +154,13 @@ def bench_run(
             dataset=dataset,
             num_calibration_samples=samples,
             max_seq_length=length,
+            data_parallel_size=devices,
         )
     took = time.perf_counter() - begin
     parts = {name: round(value, 2) for name, value in asdict(report.seconds).items()}
     return new_record(
         "gptq",
+        devices=devices,
         model=model.name,
         layers=len({linear.layer for linear in report.linears}),
         scheme=report.scheme,
@@ -207,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--dataset", default="random-tokens", help="see `qllama quantize`")
     run.add_argument("--samples", type=int, default=512)
     run.add_argument("--length", type=int, default=2048)
+    run.add_argument("--devices", type=int, default=1, help="to spread the run over")
     run.add_argument("--peer", action="append", default=[], metavar="NAME=SECONDS")
     args = parser.parse_args(arguments)
     if args.model is not None:
@@ -218,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dataset=args.dataset,
             samples=args.samples,
             length=args.length,
+            devices=args.devices,
             peers=peers,
         )
         print(json.dumps(record), flush=True)
