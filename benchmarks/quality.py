@@ -40,6 +40,7 @@ class Case:
 
 RTN = {"algorithm": "rtn"}
 
+UNSMOOTHED = {"smoothquant_strength": 0.0}
 CASES = [
     Case(scheme="W4A16", settings=RTN, peer="rtn_w4a16_g64"),
     Case(scheme="W4A16", peer="gptq_w4a16_g64"),
@@ -58,10 +59,10 @@ CASES = [
     Case(scheme="W8A16"),
     Case(scheme="W8A8", settings=RTN, peer="w8a8_rtn"),
     Case(scheme="W8A8", peer="w8a8_gptq"),
-    Case(scheme="W8A8", settings={"observer": "absmax"}, peer="w8a8_gptq"),
-    Case(scheme="W8A8", settings={"observer": "mse"}, peer="w8a8_gptq"),
+    Case(scheme="W8A8", settings=UNSMOOTHED, peer="w8a8_gptq"),
     Case(scheme="W8A8", settings={"smoothquant_strength": 0.5}, peer="w8a8_gptq"),
-    Case(scheme="W8A8", settings={"smoothquant_strength": 0.8}, peer="w8a8_gptq"),
+    Case(scheme="W8A8", settings={"observer": "absmax", **UNSMOOTHED}, peer="w8a8_gptq"),
+    Case(scheme="W8A8", settings={"observer": "mse", **UNSMOOTHED}, peer="w8a8_gptq"),
     Case(scheme="FP8", peer="fp8"),
     Case(scheme="FP8", settings={"kv_cache_scheme": "fp8"}),
     Case(scheme="FP8_DYNAMIC", peer="fp8_dynamic"),

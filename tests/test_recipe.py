@@ -160,6 +160,26 @@ def test_recipes_of_the_model_cards() -> None:
     assert make_recipe("llama-3-8b-instruct-fp8", dataset="my.txt").dataset == "my.txt"
 
 
+def test_int8_activations_are_smoothed_where_gptq_sees_them() -> None:
+    found = {
+        "default": make_recipe(scheme="W8A8"),
+        "off": make_recipe(scheme="W8A8", smoothquant_strength=0),
+        "wished": make_recipe(scheme="W8A8", smoothquant_strength=0.5),
+        "rounded": make_recipe(scheme="W8A8", algorithm="rtn"),
+        "16 bit": make_recipe(scheme="W4A16"),
+        "a card's": make_recipe("llama-3.3-70b-instruct-w8a8"),
+    }
+    assert {name: recipe.smoothquant_strength for name, recipe in found.items()} == {
+        "default": 0.8,
+        "off": None,
+        "wished": 0.5,
+        "rounded": None,
+        "16 bit": None,
+        "a card's": None,
+    }
+    assert not any(recipe.unused for recipe in found.values())
+
+
 # -- what has no effect ----------------------------------------------------------------------------
 
 

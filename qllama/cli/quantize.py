@@ -101,7 +101,7 @@ def _add_method(group: "argparse._ArgumentGroup") -> None:
         type=float,
         default=_UNSET,
         metavar="X",
-        help="W8A8: move outliers of activations into the weights, 0 to 1 (default: not at all)",
+        help="W8A8: move outliers of activations into the weights, 0 to 1 (default: 0.8 with GPTQ)",
     )
     group.add_argument(
         "--kv-cache-scheme",
