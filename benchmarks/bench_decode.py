@@ -93,20 +93,20 @@ def measure(folder: Path, backend: str, cells: list[tuple[int, int]], repeat: in
         seconds(*cell, FEW)
     print("READY", flush=True)
     input()
-    bandwidth, weights = _read_bandwidth(), _bytes_a_step(llm)
+    bandwidth, weights = read_bandwidth(), bytes_a_step(llm)
     for cell in cells:
         batch, context = cell
         seconds(*cell, MANY)
         steps = [(seconds(*cell, MANY) - seconds(*cell, FEW)) / (MANY - FEW) for _ in range(repeat)]
-        few, many = (_traced(lambda n=n, cell=cell: seconds(*cell, n)) for n in (FEW, MANY))
+        few, many = (traced(lambda n=n, cell=cell: seconds(*cell, n)) for n in (FEW, MANY))
         many.subtract(few)
         kernels = {name: ns / (MANY - FEW) / 1e3 for name, ns in many.most_common()}
         parts: Counter[str] = Counter()
         for name, us in kernels.items():
-            parts[_kind(name)] += us
+            parts[kind(name)] += us
         if parts:
             parts["gaps"] = statistics.median(steps) * 1e6 - sum(parts.values())
-        cache = batch * (context + (MANY + FEW) / 2) * _cache_bytes(llm)
+        cache = batch * (context + (MANY + FEW) / 2) * bytes_a_token(llm)
         found = {
             "batch": batch,
             "context": context,
@@ -120,7 +120,7 @@ def measure(folder: Path, backend: str, cells: list[tuple[int, int]], repeat: in
         print("CELL" + json.dumps(found), flush=True)
 
 
-def _read_bandwidth() -> float:
+def read_bandwidth() -> float:
     """Bytes a second that a sum over much more than the caches reads."""
     import jax
     import jax.numpy as jnp
@@ -135,7 +135,7 @@ def _read_bandwidth() -> float:
     return 20 * big.nbytes / (time.perf_counter() - begin)
 
 
-def _bytes_a_step(llm: Any) -> int:
+def bytes_a_step(llm: Any) -> int:
     """What every decode step reads of the weights: all but the embedding, unless it is the head."""
     import jax
     from flax import nnx
@@ -145,13 +145,14 @@ def _bytes_a_step(llm: Any) -> int:
     return total if tied else total - llm.model.embed_tokens[...].nbytes
 
 
-def _cache_bytes(llm: Any) -> int:
+def bytes_a_token(llm: Any) -> int:
+    """What the cache holds for a token of one text."""
     from qllama.model.kv_cache import cache_bytes
 
     return cache_bytes(llm.config, llm.kv_cache_dtype)
 
 
-def _traced(run: Callable[[], object]) -> "Counter[str]":
+def traced(run: Callable[[], object]) -> "Counter[str]":
     """Nanoseconds that each kernel on the GPU took while `run` ran; nothing on a CPU."""
     import jax
 
@@ -170,7 +171,7 @@ def _traced(run: Callable[[], object]) -> "Counter[str]":
     return spent
 
 
-def _kind(kernel: str) -> str:
+def kind(kernel: str) -> str:
     name = kernel.lower()
     if any(word in name for word in ("mosaic", "gemm", "gemv", "nvjet", "cutlass", "_dot")):
         return "matmuls"

@@ -114,15 +114,15 @@ def measure(folder: Path, case: Case, repeat: int) -> list[dict[str, Any]]:
         return time.perf_counter() - begin
 
     few, many = decode.FEW, decode.MANY
-    weights = decode._bytes_a_step(model) / case.size
-    cached = decode._cache_bytes(model) * (case.context + (few + many) / 2) / case.size
-    bandwidth = decode._read_bandwidth()
+    weights = decode.bytes_a_step(model) / case.size
+    cached = decode.bytes_a_token(model) * (case.context + (few + many) / 2) / case.size
+    bandwidth = decode.read_bandwidth()
     found = []
     for batch in case.batches:
         for count in (few, many, few, many):
             seconds(batch, count)
         steps = [(seconds(batch, many) - seconds(batch, few)) / (many - few) for _ in range(repeat)]
-        short, long = (decode._traced(lambda n=n, b=batch: seconds(b, n)) for n in (few, many))
+        short, long = (decode.traced(lambda n=n, b=batch: seconds(b, n)) for n in (few, many))
         long.subtract(short)
         kernels = {name: ns / (many - few) / 1e3 for name, ns in long.most_common()}
         found.append(
@@ -131,7 +131,7 @@ def measure(folder: Path, case: Case, repeat: int) -> list[dict[str, Any]]:
                 "steps": steps,
                 "limit": (weights + batch * cached) / bandwidth,
                 "parts": {
-                    "matmuls": _total(kernels, lambda name: decode._kind(name) == "matmuls"),
+                    "matmuls": _total(kernels, lambda name: decode.kind(name) == "matmuls"),
                     "collectives": _total(kernels, _is_collective),
                     "sums alone": round(sums_alone(model, batch), 1),
                     "held": held_bytes(model),

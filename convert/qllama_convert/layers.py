@@ -11,12 +11,12 @@ from qllama.parallel.sharding import in_group_order, take_rows
 from qllama.quantization.qtensor import QTensor, stack_rows
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.linear import LinearWeights, check_bias, read_linear
-from qllama_convert.names import layer_path, linear_shapes
+from qllama_convert.names import GATE_UP, QKV, layer_path, linear_shapes
 from qllama_convert.quantization_config import Quantization
 
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_MLP = (*GATE_UP, "mlp.down_proj")
 _GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    QKV,
     ("self_attn.o_proj",),
     _MLP,
 )

@@ -8,6 +8,10 @@ from qllama.config import LlamaConfig
 EMBED_TOKENS = "model.embed_tokens"
 LM_HEAD = "lm_head"
 
+# The Linears of a decoder layer that read one input, and that servers run as one product.
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
 # Buffers of rotary embedding in old exports: computed from the config, never loaded.
 _ROTARY_BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
 
@@ -80,10 +84,7 @@ def merged_linears(config: LlamaConfig) -> list[tuple[str, ...]]:
     return [
         tuple(f"{layer_path(layer)}.{name}" for name in names)
         for layer in range(config.num_hidden_layers)
-        for names in (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("mlp.gate_proj", "mlp.up_proj"),
-        )
+        for names in (QKV, GATE_UP)
     ]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, Literal
 
-from qllama_convert.names import EMBED_TOKENS, LM_HEAD
+from qllama_convert.names import EMBED_TOKENS, GATE_UP, LM_HEAD, QKV
 from qllama_convert.patterns import compile_pattern
 
 from qllama.gptq.linear import GPTQOptions
@@ -31,9 +31,6 @@ from qllama.gptq.recipe_file import SETTINGS, Settings, check_settings, read_rec
 from qllama.quantization.scheme import PRESETS, QuantScheme
 
 Algorithm = Literal["gptq", "rtn"]
-
-# Linears that readers of checkpoints merge into one, which then has one scheme.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,11 +314,10 @@ def _check_fused(
 ) -> None:
     """vLLM merges these Linears, and refuses a checkpoint where they differ."""
     for path in shapes:
-        parent, _, name = path.rpartition(".")
-        for first, *others in FUSED:
-            if name != first:
+        for first, *others in (QKV, GATE_UP):
+            if not path.endswith(f".{first}"):
                 continue
-            for other in (f"{parent}.{sibling}" for sibling in others):
+            for other in (path.removesuffix(first) + sibling for sibling in others):
                 if linears.get(path) != linears.get(other):
                     raise ValueError(
                         f"{path} and {other} would be quantized differently "

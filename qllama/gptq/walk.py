@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from qllama_convert.linear import LinearWeights
+from qllama_convert.names import GATE_UP, QKV
 
 from qllama.config import LlamaConfig
 from qllama.gptq.batches import Batch, Stream
@@ -37,9 +38,7 @@ from qllama.model.kv_cache import Entries
 from qllama.model.llama import RMSNorm, attention_context, project_heads, swiglu
 from qllama.model.rope import rotary_embedding
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 O_PROJ = ("self_attn.o_proj",)
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = ("mlp.down_proj",)
 
 Observe = Callable[[InputObserver | None], None]
