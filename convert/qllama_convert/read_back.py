@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,22 @@ from qllama_convert.names import LM_HEAD, attention_paths, is_derived, linear_sh
 from qllama_convert.quantization_config import parse_quantization
 
 
+_PIECE = 1 << 24  # bytes that one thread hashes at a time
+
+
 def fingerprint(*arrays: np.ndarray | None) -> bytes:
-    """A hash of dtypes, shapes and bits."""
-    digest = hashlib.blake2b(digest_size=32)
-    for array in arrays:
-        if array is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    """A hash of dtypes, shapes and bits: of the hashes of pieces, which all cores share."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        for array in arrays:
+            if array is None:
+                digest.update(b"none")
+                continue
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            pieces = [octets[i : i + _PIECE] for i in range(0, octets.size, _PIECE)]
+            for found in pool.map(hashlib.sha256, pieces):
+                digest.update(found.digest())
     return digest.digest()
 
 

@@ -190,7 +190,10 @@ def batch_matmul(
                     return weight, x_ring.at[slot, :, columns].T
 
                 def scaled(sums, b):
-                    of_weight = block_smem[wg * ROWS // COLUMNS, (split * steps + i) * c.blocks + b]
+                    # Beyond K the products are zeros, and must not meet a NaN beyond the scales.
+                    block = (split * steps + i) * c.blocks + b
+                    block = jnp.minimum(block, scales.shape[1] - 1)
+                    of_weight = block_smem[wg * ROWS // COLUMNS, block]
                     of_tokens = mosaic.load_columns(
                         grouped_ring[0].at[slot, b, pl.ds(0, c.block_m)]
                     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from qllama_kernels.xla import for_product
+from qllama_kernels.xla import for_product, fused_attention, has_fused_attention
 
 from qllama.config import LlamaConfig
 from qllama.quantization.activations import to_float8
@@ -144,6 +144,21 @@ def attend(
         (in_runs(queries), in_runs(positions)),
     )
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *queries.shape[2:])[:, :length]
+
+
+def attend_to_own(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Causal attention of whole texts to themselves, `[B, T, N, H]`.
+
+    Args:
+        queries: `[B, T, N, H]`.
+        keys, values: `[B, T, K, H]`, of the same tokens.
+        positions: int32 `[B, T]`, 0 to T - 1 in every row; anything for padding, which is last.
+    """
+    if has_fused_attention(queries.dtype, queries.shape[-1]):
+        return fused_attention(queries, keys, values)
+    return attend(queries, Entries(keys.swapaxes(1, 2), values.swapaxes(1, 2)), positions)
 
 
 def _attend(

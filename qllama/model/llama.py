@@ -13,7 +13,7 @@ from qllama_kernels.xla import dot
 
 from qllama.config import LlamaConfig
 from qllama.model.dense import Dense, MergedDense, QuantDense
-from qllama.model.kv_cache import Entries, KVCache, attend, write
+from qllama.model.kv_cache import Entries, KVCache, attend, attend_to_own, write
 from qllama.model.rope import apply_rope, rotary_embedding
 
 
@@ -59,12 +59,15 @@ def attention_context(
 ) -> tuple[jax.Array, Entries | None]:
     """What o_proj reads, `[B, T, N * H]`, and the cache of this layer, written."""
     q, k, v = project_heads(config, qkv_proj, x, rope)
-    if layer is None:
-        out = attend(q, Entries(k.swapaxes(1, 2), v.swapaxes(1, 2)), positions)
-    else:
+    if layer is not None:
         if layer.keys.dtype != jnp.float8_e4m3fn:
             k_scale = v_scale = None
         layer = write(layer, k, v, positions, rows, k_scale, v_scale)
+    # With no more context than there are tokens here, these are their texts' first: what the cache
+    # holds of them is what was just written, unless it was rounded.
+    if layer is None or (context == x.shape[1] and layer.keys.dtype == k.dtype):
+        out = attend_to_own(q, k, v, positions)
+    else:
         entries = layer.up_to(context)
         if rows is not None:
             entries = entries.of_rows(rows)
