@@ -158,12 +158,14 @@ def _estimate(problem: Problem, config: Config) -> float:
 
 @functools.cache
 def table(device_kind: str) -> dict[tuple[str, int, int, int], dict[str, Any]]:
-    """`(scheme, n, k, bucket)` -> record of `benchmarks/tune.py`; empty for an unknown device."""
-    name = device_kind.lower().replace(" ", "_") + ".json"
-    file = resources.files("qllama_kernels").joinpath("configs", name)
-    if not file.is_file():
-        return {}
-    records = json.loads(file.read_text())
+    """`(scheme, n, k, bucket)` -> record of `benchmarks/tune.py`; empty for an unknown device.
+
+    What was not timed on an H100 comes from the H200, which is the same chip with faster memory.
+    """
+    names = ["nvidia_h200.json"] if "H100" in device_kind else []
+    names.append(device_kind.lower().replace(" ", "_") + ".json")
+    files = [resources.files("qllama_kernels").joinpath("configs", name) for name in names]
+    records = [r for file in files if file.is_file() for r in json.loads(file.read_text())]
     return {(r["scheme"], r["n"], r["k"], r["m"]): r for r in records}
 
 
