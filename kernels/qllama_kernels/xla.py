@@ -33,6 +33,11 @@ def dot(x: jax.Array, weight: jax.Array, accumulate: jnp.dtype | type) -> jax.Ar
     return lax.dot_general(x, weight, contract, preferred_element_type=accumulate)
 
 
+def add_up(sums: jax.Array) -> jax.Array:
+    """Partial sums `[S, ...]` -> their sum; what there is one of stays in its dtype."""
+    return sums[0] if sums.shape[0] == 1 else jnp.sum(sums, axis=0, dtype=jnp.float32)
+
+
 def quantized_matmul(
     x: jax.Array,
     codes: jax.Array,

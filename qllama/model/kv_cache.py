@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
+from qllama_kernels.codes import to_float8
 from qllama_kernels.xla import for_product
 
 from qllama.config import LlamaConfig
-from qllama.quantization.activations import to_float8
 
 _MAX_SCORES = 1 << 28  # that attention computes at once, float32 each
 
