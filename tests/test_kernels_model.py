@@ -39,9 +39,9 @@ def test_simulated_kernels_give_the_references_logits(tiny_llama3, kind: str) ->
 @pytest.mark.parametrize(
     ("kind", "layout", "kernels"),
     [
-        ("ct_w4a16_g128", "wgmma4", 4),
-        ("gptq_w4_g128_desc_act", "wgmma4", 4),
-        ("ct_w8a8_int8", "natural", 4),
+        ("ct_w4a16_g128", "wgmma4", 9),
+        ("gptq_w4_g128_desc_act", "wgmma4", 9),
+        ("ct_w8a8_int8", "natural", 10),
     ],
 )
 def test_a_decode_step_lowers_for_a_gpu_with_each_kernel_once(
@@ -62,7 +62,8 @@ def test_a_decode_step_lowers_for_a_gpu_with_each_kernel_once(
 
     traced = jax.jit(decode).trace(state, cache, slots.slots, np.ones(8, bool))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Four Linears a layer, several layers, eight steps: each kernel stands in the program once.
+    # Several layers, eight steps: each kernel stands in the program once. Norms are up to four
+    # (the first, those after o_proj and down_proj, the last, which leaves the stream alone).
     assert text.count("@mosaic_gpu_v2") == kernels
 
 
