@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from qllama import LLM
+from qllama import LLM, SamplingParams
 from qllama.engine import runner
 from qllama.model.dense import QuantDense
 from qllama.model.kv_cache import init_cache
@@ -34,6 +34,17 @@ def test_simulated_kernels_give_the_references_logits(tiny_llama3, kind: str) ->
     error = np.abs(logits["interpret"] - logits["reference"]).max()
     # int8 sums are exact; bfloat16 products round differently, by half of what bfloat16 does here.
     assert error <= (1e-5 if kind == "ct_w8a8_int8" else 0.12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ct_w4a16_g128", "ct_w8a8_int8"])
+def test_simulated_kernels_give_the_references_tokens(tiny_llama3, kind: str) -> None:
+    params, found = SamplingParams(max_tokens=6, temperature=0), {}
+    for backend in ("interpret", "reference"):
+        llm = LLM(tiny_llama3(kind), dtype="bfloat16", backend=backend, max_model_len=32)
+        [output] = llm.generate({"prompt_token_ids": [1, 5, 9, 30]}, params)
+        found[backend] = output.outputs[0].token_ids
+    assert found["interpret"] == found["reference"]
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from jax.experimental.mosaic.gpu import fragmented_array
 
 from qllama_kernels import mosaic
 from qllama_kernels.codes import float8_scale, int8_scale, to_float8, to_int8
+from qllama_kernels.xla import add_up
 
 WARPS = 4  # of a warpgroup
 LANES = 32
 MAX_WARPGROUPS = 8  # of a CTA
+MAX_SUMMED = 512  # columns of a piece of gates and ups; more leave no registers for their addends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +217,8 @@ def swiglu(
         NotImplementedError: rows that cannot be cut.
     """
     cut = cut_row(gate_up.shape[2] // 2)
+    if cut.columns > MAX_SUMMED:
+        gate_up = add_up(gate_up)[None]
 
     def silu(x):
         """In the steps of `jax.nn.silu`."""
