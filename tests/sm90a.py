@@ -1,17 +1,21 @@
 """Compiles kernels for sm_90a without a GPU and prints what ptxas spilled.
 
-The configs of the table, and those that the rule gives to FP8 in blocks.
+Products by the configs of the table, and by those that the rule gives to FP8 in blocks; then what
+lies between the products, of the models of those shapes.
 
 A program of its own, because JAX must see the CUDA plugin. Needs jax-cuda13-plugin,
 jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-runtime and nvidia-nvjitlink.
 """
 
+import itertools
 import json
 import os
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # What XLA's own description of an H100 says of its limits.
 H100 = """
@@ -48,13 +52,26 @@ def main() -> None:
         XLA_FLAGS=f"--xla_gpu_cuda_data_dir={toolkit}",
     )
     import jax
+    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
-    from qllama_kernels import tuning
+    from qllama_kernels import rows, tuning
     from test_kernels_tuning import SHAPES, TABLE, operands, product
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+
+    def compile_and_print(name: dict[str, Any], function: Any, *arguments: Any) -> None:
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+        )
+        for file in dump.iterdir():
+            file.unlink()
+        jax.jit(function).lower(*arguments).compile()
+        reports = [file.read_text() for file in dump.glob("*.ptxas")]
+        spills = [int(n) for text in reports for n in re.findall(r"(\d+) bytes spill", text)]
+        print(json.dumps({**name, "spilled": spills}), flush=True)
+
     done = set()
     blocks = [("fp8_block", *shape, m) for shape in SHAPES[::3] for m in tuning.M_BUCKETS]
     for key in sorted(TABLE) + blocks:
@@ -65,15 +82,31 @@ def main() -> None:
         if (scheme, config) in done:
             continue
         done.add((scheme, config))
-        arguments = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), operands(problem)
-        )
-        for file in dump.iterdir():
-            file.unlink()
-        jax.jit(product(problem, config)).lower(*arguments).compile()
-        reports = [file.read_text() for file in dump.glob("*.ptxas")]
-        spills = [int(n) for text in reports for n in re.findall(r"(\d+) bytes spill", text)]
-        print(json.dumps({"product": key, "config": str(config), "spilled": spills}), flush=True)
+        name = {"product": key, "config": str(config)}
+        compile_and_print(name, product(problem, config), *operands(problem))
+
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    sums = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    for codes in (None, rows.Codes("int8"), rows.Codes("float8_e4m3fn")):
+        coded = codes and codes.dtype
+        for d, s in itertools.product((2048, 3072, 4096, 5120, 8192), (0, 1, 2, 8)):
+            compile_and_print(
+                {"residual_norm": d, "addends": s, "codes": coded},
+                partial(rows.residual_norm, eps=1e-5, codes=codes, backend="pallas"),
+                shape((16, d)),
+                sums((s, 16, d)) if s else None,
+                shape((d,)),
+            )
+        for d, s in itertools.product((3584, 8192, 14336, 28672), (1, 2, 4)):
+            compile_and_print(
+                {"swiglu": d, "addends": s, "codes": coded},
+                partial(rows.swiglu, dtype=jnp.bfloat16, codes=codes, backend="pallas"),
+                sums((s, 16, 2 * d)),
+            )
+        if codes is not None:
+            for d in (2048, 4096, 8192):
+                run = partial(rows.quantize, codes=codes, backend="pallas")
+                compile_and_print({"quantize": d, "codes": coded}, run, shape((16, d)))
 
 
 if __name__ == "__main__":

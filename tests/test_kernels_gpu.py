@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qllama_kernels import dispatch, pallas, reference, tuning
+from qllama_kernels import dispatch, pallas, reference, rows, tuning
 from test_kernels_matmul import random_weight
+from test_rows import every_code, random
 
 pytestmark = pytest.mark.gpu
 EDGES = (1, 7, 8, 9, 16, 17, 32, 33, 40, 63, 64, 65, 128, 129, 200, 256, 257)
@@ -119,3 +120,88 @@ def test_one_compilation_for_many_layers():
     outs = jax.jit(layers)(x, [packed] * 8)
     for out in outs[1:]:
         np.testing.assert_array_equal(out, outs[0])
+
+
+# -- between the products --------------------------------------------------------------------------
+
+
+def check_rows(found, expected, dtype):
+    """A float may be off by what reordered sums and other exponentials do, a code by one step."""
+    step = 2 * float(jnp.finfo(dtype).eps)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        tolerance = {"int8": (0, 1), "float8_e4m3fn": (0.13, 2**-9)}.get(str(one.dtype), (step, 0))
+        one, other = (np.asarray(a).astype(np.float32) for a in (one, other))
+        np.testing.assert_allclose(one, other, rtol=tolerance[0], atol=tolerance[1])
+
+
+def check_residual_norm(m, d, s, codes, dtype="bfloat16"):
+    x, addends = random(0, m, d, dtype=dtype), random(1, s, m, d) if s else None
+    weight = 1 + random(2, d, scale=0.1).astype(dtype)
+    run = functools.partial(rows.residual_norm, x, addends, weight, eps=1e-5, codes=codes)
+    (x, normed), (expected_x, expected) = run(backend="pallas"), run(backend="xla")
+    np.testing.assert_array_equal(*(np.asarray(a).astype(np.float32) for a in (x, expected_x)))
+    check_rows(normed, expected, dtype)
+
+
+def check_swiglu(m, d, s, codes, dtype="bfloat16"):
+    gate_up = random(0, s, m, 2 * d, scale=3.0)
+    run = functools.partial(rows.swiglu, gate_up, dtype=dtype, codes=codes)
+    check_rows(run(backend="pallas"), run(backend="xla"), dtype)
+
+
+@every_code
+@pytest.mark.parametrize("m", [1, 2, 7, 16, 33, 64, 256])
+def test_rows_at_every_m(m, codes):
+    check_residual_norm(m, 4096, 4, codes)
+    check_swiglu(m, 1024, 2, codes)
+
+
+@every_code
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("s", [0, 1, 2, 8])
+@pytest.mark.parametrize("d", [128, 384, 576, 1792, 4096, 8192])
+def test_residual_norm(d, s, codes, dtype):
+    check_residual_norm(5, d, s, codes, dtype)
+
+
+@every_code
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("s", [1, 2, 4])
+@pytest.mark.parametrize("d", [128, 1792, 3584, 14336, 28672])
+def test_swiglu(d, s, codes, dtype):
+    check_swiglu(5, d, s, codes, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("k", [128, 384, 4096, 8192])
+@pytest.mark.parametrize("code", ["int8", "float8_e4m3fn"])
+def test_quantized_rows(code, k, dtype):
+    x = random(0, 33, k, dtype=dtype).at[3].set(0.0).at[5, 7].set(jnp.nan).at[6, 7].set(jnp.inf)
+    found, expected = (
+        rows.quantize(x, rows.Codes(code), backend=backend) for backend in ("pallas", "xla")
+    )
+    good = np.arange(33) != 5  # the codes of a NaN with no scale are anything
+    check_rows(*jax.tree.map(lambda a: a[good], (found, expected)), dtype)
+    assert np.isnan(found.scale[5])
+
+
+def test_many_times_the_same():
+    """Warpgroups that met too early or read too late would show here."""
+    x, weight = random(0, 256, 8192, dtype="bfloat16"), jnp.ones(8192, jnp.bfloat16)
+    addends = random(1, 2, 256, 8192)
+    run = jax.jit(functools.partial(rows.residual_norm, eps=1e-5, codes=rows.Codes("int8")))
+    first = jax.device_get(run(x, addends, weight))
+    for _ in range(200):
+        for one, other in zip(
+            jax.tree.leaves(first), jax.tree.leaves(run(x, addends, weight)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_auto_runs_the_kernels_for_few_rows():
+    weight = jnp.ones(256, jnp.bfloat16)
+    for m, kernels in ((rows.MAX_ROWS, 1), (rows.MAX_ROWS + 1, 0)):
+        run = jax.jit(lambda x: rows.residual_norm(x, None, weight, eps=1e-5))
+        text = run.lower(jnp.ones((m, 256), jnp.bfloat16)).as_text()
+        assert text.count("@mosaic_gpu_v2") == kernels

@@ -191,8 +191,8 @@ class _Builder:
         )
         return [
             DecoderLayer(
-                Attention(self.config, qkv[i], o[i], *kv_scales[i]),
-                MLP(gate_up[i], down[i]),
+                Attention(self.config, qkv[i], o[i], *kv_scales[i], backend=self.backend),
+                MLP(gate_up[i], down[i], backend=self.backend),
                 before[i],
                 after[i],
             )
@@ -203,7 +203,8 @@ class _Builder:
         weight = ModuleTensors(self.checkpoint, path).read_floats(
             "weight", (self.whole.hidden_size,)
         )
-        return self.place(lambda rank: RMSNorm(self.cast(weight), self.whole.rms_norm_eps))
+        eps, backend = self.whole.rms_norm_eps, self.backend
+        return self.place(lambda rank: RMSNorm(self.cast(weight), eps, backend=backend))
 
     def cast(self, array: np.ndarray) -> jax.Array:
         """A float weight on the device, in the compute dtype."""

@@ -149,6 +149,7 @@ def quantized_matmul(
     input_zero: jax.Array | None = None,
     bias: jax.Array | None = None,
     out_dtype: jnp.dtype | type | None = None,
+    partial_sums: bool = False,
     backend: str = "auto",
 ) -> jax.Array:
     """`x · dequantize(codes)ᵀ + bias`.
@@ -170,17 +171,22 @@ def quantized_matmul(
         input_zero: zero point of int8 activations, shaped like `input_scale`; None: zero.
         bias: `[N]`, added in float32.
         out_dtype: of the result; None: `x.dtype`, or float32 where `x` holds codes.
+        partial_sums: leave it to the caller to add up what there may be of partial sums, and to
+            round. Not with a bias.
         backend: "reference" (the oracle), "xla", "pallas" (kernels for Hopper), "interpret" (the
             same kernels simulated on the CPU), or "auto": the fastest that runs here.
 
     Returns:
-        `[..., N]`. Sums, scales and bias are float32 (int32 for int8 x int8); rounded once.
+        `[..., N]`. Sums, scales and bias are float32 (int32 for int8 x int8); rounded once. With
+        `partial_sums` `[S, ..., N]`, float32, or if S is 1 `out_dtype`.
 
     Raises:
         ValueError: arguments that do not fit together.
         NotImplementedError: a named backend that cannot run this.
     """
     check_backend(backend)
+    if partial_sums and bias is not None:
+        raise ValueError("partial_sums with a bias, which is added to their sum")
     k = x.shape[-1]
     _check(x, codes, weight_dtype, input_scale, layout)
     if columns is not None:
@@ -207,7 +213,7 @@ def quantized_matmul(
         if problem is not None and backend == "auto" and pallas.xla_is_faster(problem):
             problem = None
     if problem is not None:
-        out = pallas.quantized_matmul(
+        sums = pallas.partial_sums(
             x,
             codes,
             scales,
@@ -225,7 +231,7 @@ def quantized_matmul(
             natural = unpack(packed, k=k, weight_dtype=weight_dtype)
             codes, scales, zeros = natural.codes, natural.scales, natural.zeros
         implementation = reference if backend == "reference" else xla
-        out = implementation.quantized_matmul(
+        sums = implementation.quantized_matmul(
             x,
             codes,
             scales,
@@ -235,7 +241,10 @@ def quantized_matmul(
             g_idx=g_idx,
             input_scale=input_scale,
             input_zero=input_zero,
-        )
+        )[None]
+    if partial_sums:
+        return sums if sums.shape[0] > 1 else sums.astype(out_dtype)
+    out = xla.add_up(sums)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return out.astype(out_dtype)

@@ -16,7 +16,7 @@ from qllama_kernels.dequantize import dequantize
 from qllama_kernels.fragments import COLUMNS, LAYOUTS, ROWS
 from qllama_kernels.reference import GroupSize
 from qllama_kernels.tuning import Config, Problem, Scheme
-from qllama_kernels.xla import dot
+from qllama_kernels.xla import add_up, dot
 
 _EIGHT_BIT: dict[str, Scheme] = {"int8": "w8a8", "float8_e4m3fn": "fp8"}
 _WEIGHT_ONLY: dict[str, Scheme] = {"wgmma4": "w4a16", "wgmma8": "w8a16"}
@@ -149,14 +149,41 @@ def quantized_matmul(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`[..., N]` in `out_dtype`; arguments as `dispatch.quantized_matmul`.
+    """`[..., N]` in `out_dtype`; arguments as `partial_sums`."""
+    sums = partial_sums(
+        x,
+        codes,
+        scales,
+        zeros,
+        problem=problem,
+        input_scale=input_scale,
+        out_dtype=out_dtype,
+        config=config,
+        interpret=interpret,
+    )
+    return add_up(sums).astype(out_dtype)
 
-    `config` None: the tuned one; weight-only products of many tokens then go through a dequantized
-    copy of the weight and the library's product.
+
+def partial_sums(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    problem: Problem,
+    input_scale: jax.Array | None = None,
+    out_dtype: jnp.dtype | type = jnp.float32,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`[S, ..., N]`, to be added up; float32, or if S is 1 `out_dtype`.
+
+    Arguments as `dispatch.quantized_matmul`. `config` None: the tuned one; weight-only products of
+    many tokens then go through a dequantized copy of the weight and the library's product.
     """
     lead, n = x.shape[:-1], problem.n
     if problem.m == 0:
-        return jnp.zeros((*lead, n), out_dtype)
+        return jnp.zeros((1, *lead, n), out_dtype)
     if config is None and not (_weight_only(problem) and problem.m >= tuning.DENSE_M):
         config = tuning.choose(problem, _device_kind())
     out = _product(
@@ -170,7 +197,7 @@ def quantized_matmul(
         out_dtype=jnp.dtype(out_dtype),
         interpret=interpret,
     )
-    return out.reshape(*lead, n)
+    return out.reshape(-1, *lead, n)
 
 
 def _weight_only(problem: Problem) -> bool:
@@ -200,7 +227,7 @@ def _product(
     out_dtype: jnp.dtype,
     interpret: bool,
 ) -> jax.Array:
-    """`config` None: through a dequantized copy of the weight."""
+    """`[S, M, N]`. `config` None: through a dequantized copy of the weight."""
     m, k = problem.m, problem.k
     n = -(-problem.n // ROWS) * ROWS  # of the result: whole tiles, for TMA
     if codes.dtype == jnp.int32:
@@ -230,7 +257,7 @@ def _product(
             dtype=x.dtype,
             interpret=interpret,
         )
-        return dot(x, weight, jnp.float32)[:, : problem.n].astype(out_dtype)
+        return dot(x, weight, jnp.float32)[None, :, : problem.n].astype(out_dtype)
     if m % 8 and (m > 8 or problem.scheme == "fp8_block"):
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
         if input_scale is not None and input_scale.ndim:
@@ -249,5 +276,4 @@ def _product(
         out_dtype=out_dtype,
         interpret=interpret,
     )
-    out = jnp.sum(out, axis=0) if config.splits > 1 else out[0]
-    return out[:m, : problem.n].astype(out_dtype)
+    return out[:, :m, : problem.n]

@@ -33,27 +33,9 @@ def dot(x: jax.Array, weight: jax.Array, accumulate: jnp.dtype | type) -> jax.Ar
     return lax.dot_general(x, weight, contract, preferred_element_type=accumulate)
 
 
-def has_fused_attention(dtype: jnp.dtype, head_dim: int) -> bool:
-    """Whether `fused_attention` runs here: cuDNN's, for 16-bit floats on Ampere and newer."""
-    if jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2 or head_dim % 8:
-        return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
-    return float(capability) >= 8.0 and head_dim <= 128
-
-
-def fused_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Causal attention of texts to themselves, without an array of all scores.
-
-    Args:
-        queries: bfloat16 or float16 `[B, T, N, H]`.
-        keys, values: of the same dtype, `[B, T, K, H]`.
-
-    Returns:
-        `[B, T, N, H]` in their dtype.
-    """
-    return jax.nn.dot_product_attention(
-        queries, keys, values, is_causal=True, implementation="cudnn"
-    )
+def add_up(sums: jax.Array) -> jax.Array:
+    """Partial sums `[S, ...]` -> their sum; what there is one of stays in its dtype."""
+    return sums[0] if sums.shape[0] == 1 else jnp.sum(sums, axis=0, dtype=jnp.float32)
 
 
 def quantized_matmul(

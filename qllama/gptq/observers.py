@@ -7,9 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from qllama_kernels.codes import FP8_MAX
 
 from qllama.gptq.hessian import Hessian, accumulate
-from qllama.quantization.activations import FP8_MAX
 
 # Such a share of tokens that are not finite means that something is broken.
 MAX_BAD_SHARE = 1e-3

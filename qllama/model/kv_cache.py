@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from qllama_kernels.xla import for_product, fused_attention, has_fused_attention
+from qllama_kernels.attention import fused_attention, has_fused_attention
+from qllama_kernels.codes import to_float8
+from qllama_kernels.xla import for_product
 
 from qllama.config import LlamaConfig
-from qllama.quantization.activations import to_float8
 
 _MAX_SCORES = 1 << 28  # that attention computes at once, float32 each
 

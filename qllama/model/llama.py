@@ -1,5 +1,8 @@
 """The Llama decoder. Attribute names are those of the checkpoint, but for the merged projections.
 
+A block hands the next norm its result as `addends`, see `qllama.model.dense`: that norm adds them
+to the residual stream, and quantizes for the projection behind it.
+
 Legend: B rows, T tokens, D hidden_size, N heads, K key-value heads, H head_dim, V vocabulary.
 """
 
@@ -9,10 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from qllama_kernels.xla import dot
+from qllama_kernels import rows as row_operations
+from qllama_kernels.attention import decode_attention, has_decode_attention
+from qllama_kernels.rows import Codes
+from qllama_kernels.xla import add_up, dot
 
 from qllama.config import LlamaConfig
-from qllama.model.dense import Dense, MergedDense, QuantDense
+from qllama.model.dense import Dense, Input, MergedDense, QuantDense
 from qllama.model.kv_cache import Entries, KVCache, attend, attend_to_own, write
 from qllama.model.rope import apply_rope, rotary_embedding
 
@@ -20,34 +26,40 @@ from qllama.model.rope import apply_rope, rotary_embedding
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation; statistics in float32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, weight: jax.Array, eps: float) -> None:
+    def __init__(self, weight: jax.Array, eps: float, *, backend: str = "xla") -> None:
+        """`backend`: of `qllama_kernels.rows`; "xla" alone can be differentiated."""
         self.weight = nnx.Param(weight)
         self.eps = eps
+        self.backend = backend
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
-        if x.dtype == jnp.float32:
-            # XLA's rsqrt is off by a bit, which moves whole rows across the rounding ties that
-            # quantized activations have. The barrier keeps XLA from making one of these two.
-            inverse = 1.0 / jax.lax.optimization_barrier(jnp.sqrt(variance))
-        else:
-            inverse = jax.lax.rsqrt(variance)
-        return self.weight[...] * (wide * inverse).astype(x.dtype)
+        return self.add(x, None, None)[1]
+
+    def add(
+        self, x: jax.Array, addends: jax.Array | None, codes: Codes | None
+    ) -> tuple[jax.Array, Any]:
+        """The residual stream `x` plus the addends `[S, ...]`, and its norm, quantized by `codes`
+        unless that is None."""
+        return row_operations.residual_norm(
+            x, addends, self.weight[...], eps=self.eps, codes=codes, backend=self.backend
+        )
 
 
 def project_heads(
-    config: LlamaConfig, qkv_proj: MergedDense, x: jax.Array, rope: tuple[jax.Array, jax.Array]
+    config: LlamaConfig,
+    qkv_proj: MergedDense,
+    x: Input,
+    rope: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, the first two rotated."""
-    q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in qkv_proj(x))
+    q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in qkv_proj(x))
     return apply_rope(q, *rope), apply_rope(k, *rope), v
 
 
 def attention_context(
     config: LlamaConfig,
     qkv_proj: MergedDense,
-    x: jax.Array,
+    x: Input,
     rope: tuple[jax.Array, jax.Array],
     positions: jax.Array,
     layer: Entries | None = None,
@@ -65,14 +77,33 @@ def attention_context(
         layer = write(layer, k, v, positions, rows, k_scale, v_scale)
     # With no more context than there are tokens here, these are their texts' first: what the cache
     # holds of them is what was just written, unless it was rounded.
-    if layer is None or (context == x.shape[1] and layer.keys.dtype == k.dtype):
+    if layer is None or (context == q.shape[1] and layer.keys.dtype == k.dtype):
         out = attend_to_own(q, k, v, positions)
     else:
         entries = layer.up_to(context)
         if rows is not None:
             entries = entries.of_rows(rows)
         out = attend(q, entries, positions, k_scale, v_scale)
-    return out.reshape(*x.shape[:2], -1), layer
+    return out.reshape(*out.shape[:2], -1), layer
+
+
+def decode_context(
+    config: LlamaConfig,
+    qkv_proj: MergedDense,
+    x: Input,
+    rope: tuple[jax.Array, jax.Array],
+    positions: jax.Array,
+    layer: Entries,
+    *,
+    backend: str,
+) -> tuple[jax.Array, Entries]:
+    """`attention_context` of one token a row, by the kernel there is for that."""
+    sums = qkv_proj.addends(x)  # [S, B, 1, (N + 2K) * H]
+    qkv = add_up(sums).astype(layer.keys.dtype)
+    qkv = qkv.reshape(qkv.shape[0], -1, config.head_dim)
+    cos, sin = (angles[:, 0] for angles in rope)
+    out, *written = decode_attention(qkv, cos, sin, positions[:, 0], *layer, backend=backend)
+    return out.reshape(out.shape[0], 1, -1), Entries(*written)
 
 
 class Attention(nnx.Module):
@@ -85,9 +116,13 @@ class Attention(nnx.Module):
         o_proj: Dense | QuantDense,
         k_scale: jax.Array | None = None,
         v_scale: jax.Array | None = None,
+        *,
+        backend: str = "xla",
     ) -> None:
-        """`k_scale` and `v_scale`: float32 `[1, 1]` or `[K, 1]`, for a float8 cache."""
+        """`k_scale` and `v_scale`: float32 `[1, 1]` or `[K, 1]`, for a float8 cache. `backend`: as
+        of `RMSNorm`."""
         self.config = config
+        self.backend = backend
         self.qkv_proj = qkv_proj
         self.o_proj = o_proj
         self.k_scale = None if k_scale is None else nnx.Variable(k_scale)
@@ -95,13 +130,21 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Input,
+        dtype: jnp.dtype,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         layer: Entries | None,
         rows: jax.Array | None,
         context: int | None,
     ) -> tuple[jax.Array, Entries | None]:
+        """Addends, and the cache of this layer, written. `dtype` is the compute dtype."""
+        one_token_of_every_row = positions.shape[1] == 1 and rows is None and context is None
+        if layer is not None and one_token_of_every_row and self._has_kernel(dtype, layer):
+            attended, layer = decode_context(
+                self.config, self.qkv_proj, x, rope, positions, layer, backend=self.backend
+            )
+            return self.o_proj.addends(attended), layer
         attended, layer = attention_context(
             self.config,
             self.qkv_proj,
@@ -114,7 +157,12 @@ class Attention(nnx.Module):
             k_scale=None if self.k_scale is None else self.k_scale[...],
             v_scale=None if self.v_scale is None else self.v_scale[...],
         )
-        return self.o_proj(attended), layer
+        return self.o_proj.addends(attended), layer
+
+    def _has_kernel(self, dtype: jnp.dtype, layer: Entries) -> bool:
+        heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        cached = layer.keys.dtype
+        return has_decode_attention(dtype, cached, heads, self.config.head_dim, self.backend)
 
 
 def swiglu(gate_up_proj: MergedDense, x: jax.Array) -> jax.Array:
@@ -126,16 +174,31 @@ def swiglu(gate_up_proj: MergedDense, x: jax.Array) -> jax.Array:
 class MLP(nnx.Module):
     """SwiGLU (Shazeer, 2020)."""
 
-    def __init__(self, gate_up_proj: MergedDense, down_proj: Dense | QuantDense) -> None:
+    def __init__(
+        self,
+        gate_up_proj: MergedDense,
+        down_proj: Dense | QuantDense,
+        *,
+        backend: str = "xla",
+    ) -> None:
+        """`backend`: as of `RMSNorm`."""
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
+        self.backend = backend
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(swiglu(self.gate_up_proj, x))
+    def __call__(self, x: Input, dtype: jnp.dtype) -> jax.Array:
+        """Addends; `dtype` is the compute dtype."""
+        hidden = row_operations.swiglu(
+            self.gate_up_proj.addends(x),
+            dtype=dtype,
+            codes=self.down_proj.input_codes,
+            backend=self.backend,
+        )
+        return self.down_proj.addends(hidden)
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each behind a norm, each added to the residual stream."""
+    """Attention and MLP, each behind a norm that adds what came before to the residual stream."""
 
     def __init__(
         self,
@@ -152,17 +215,20 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        addends: jax.Array | None,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         layer: Entries | None,
         rows: jax.Array | None,
         context: int | None,
-    ) -> tuple[jax.Array, Entries | None]:
-        attended, layer = self.self_attn(
-            self.input_layernorm(x), rope, positions, layer, rows, context
-        )
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), layer
+    ) -> tuple[jax.Array, jax.Array, Entries | None]:
+        """The residual stream, what is still to be added to it, and the cache of this layer."""
+        codes = self.self_attn.qkv_proj.input_codes
+        x, normed = self.input_layernorm.add(x, addends, codes)
+        addends, layer = self.self_attn(normed, x.dtype, rope, positions, layer, rows, context)
+        codes = self.mlp.gate_up_proj.input_codes
+        x, normed = self.post_attention_layernorm.add(x, addends, codes)
+        return x, self.mlp(normed, x.dtype), layer
 
 
 class Llama(nnx.Module):
@@ -204,14 +270,15 @@ class Llama(nnx.Module):
             context: attend to so many cache entries at most (static); None: all.
         """
         rope = rotary_embedding(self.config, positions, lengths)
-        x = self.embed(tokens)
+        x, addends = self.embed(tokens), None
         written: list[Any] = []
         for i, decoder in enumerate(self.layers):
             layer: Any = None if cache is None else cache.layers[i]
-            x, layer = decoder(x, rope, positions, layer, rows, context)
+            x, addends, layer = decoder(x, addends, rope, positions, layer, rows, context)
             if layer is not None:
                 written.append(layer)
-        return self.norm(x), None if cache is None else KVCache(tuple(written))
+        _, hidden = self.norm.add(x, addends, None)
+        return hidden, None if cache is None else KVCache(tuple(written))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """The rows of `embed_tokens` for int32 `[...]` token ids: `[..., D]`."""

@@ -7,8 +7,9 @@ the residual stream is whole on every device.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from qllama_kernels.rows import Codes
 
-from qllama.model.dense import Dense, QuantDense
+from qllama.model.dense import Dense, Input, QuantDense
 from qllama.model.llama import Llama
 from qllama.parallel.mesh import MODEL
 
@@ -30,7 +31,16 @@ class RowParallel(nnx.Module):
         self.dense = dense
         self.bias = None if bias is None else nnx.Param(bias)
 
-    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
+    @property
+    def input_codes(self) -> Codes | None:
+        """As `Dense.input_codes`."""
+        return self.dense.input_codes
+
+    def addends(self, x: Input) -> jax.Array:
+        """The result, `[1, ..., N]`: what there is to add up is so before it travels."""
+        return self(x)[None]
+
+    def __call__(self, x: Input, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
         out = all_reduce(self.dense(x, out_dtype))
         if self.bias is None:
             return out

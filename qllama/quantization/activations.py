@@ -5,26 +5,36 @@ reproduces that library's fake quantization, for comparison with transformers. T
 int8 scale (absmax/127 or /127.5), in `x * (1/s)` or `x / s`, and in what a zero row gets.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from qllama_kernels.codes import FP8_MAX, float8_scale, int8_scale, to_float8, to_int8
+from qllama_kernels.rows import Codes, QuantizedInput
 
 from qllama.quantization.scheme import ActivationScheme
 
 Semantics = Literal["vllm", "compressed-tensors"]
 
-FP8_MAX = 448.0
-# vLLM's smallest dynamic fp8 scale: keeps 1/s finite for rows that are (nearly) zero.
-FP8_MIN_SCALE = 1.0 / (FP8_MAX * 512.0)
 
+def row_codes(
+    scheme: ActivationScheme | None,
+    *,
+    input_scale: jax.Array | None,
+    semantics: Semantics,
+    axis_name: str | None,
+) -> Codes | None:
+    """What `quantize_activations` does, where that is a row operation that others can take over.
 
-class QuantizedInput(NamedTuple):
-    """Activations as codes: `x ≈ (codes - zero) * scale`."""
-
-    codes: jax.Array  # [..., K], int8 or float8_e4m3fn
-    scale: jax.Array  # float32: [] per tensor, [..., 1] per token, [..., K/g] per group
-    zero: jax.Array | None  # int32, like scale
+    Arguments as there. None: there is nothing to quantize, or it takes more than that.
+    """
+    if scheme is None or semantics != "vllm" or axis_name is not None:
+        return None
+    if scheme.group_size or not scheme.symmetric or scheme.upper_bound is not None:
+        return None
+    if scheme.dynamic:
+        return Codes(scheme.dtype)
+    return None if scheme.dtype == "int8" else Codes(scheme.dtype, input_scale)
 
 
 def quantize_activations(
@@ -46,8 +56,6 @@ def quantize_activations(
         semantics: see the module.
         axis_name: of the mesh, where K is spread over devices and a token's range is to be that of
             its whole row; None: that of `x`.
-
-    Source: vLLM `int8_quant_kernels.cu` and `input_quant_fp8.py`.
     """
     eps = float(jnp.finfo(x.dtype).eps)
     x = x.astype(jnp.float32)
@@ -65,7 +73,7 @@ def quantize_activations(
             scale = divide(absmax, FP8_MAX)
             scale = jnp.where(scale == 0, eps, scale)
         else:
-            scale = jnp.maximum(absmax / FP8_MAX, FP8_MIN_SCALE)
+            scale = float8_scale(absmax)
         exact |= scheme.strategy == "group"
         scaled = divide(groups, scale) if exact else groups * (1.0 / scale)
         scale = scale[..., 0] if scheme.group_size is not None else scale
@@ -75,11 +83,6 @@ def quantize_activations(
         scale = input_scale.astype(jnp.float32)
         scaled = divide(x, scale) if exact else x * (1.0 / scale)
     return QuantizedInput(to_float8(scaled), scale, None)
-
-
-def to_float8(x: jax.Array) -> jax.Array:
-    """Cast to float8_e4m3fn, saturating at ±448: JAX's own cast overflows to NaN."""
-    return jnp.clip(x, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
 
 
 def _to_int8(
@@ -100,12 +103,10 @@ def _to_int8(
     elif scheme.symmetric:
         absmax = _largest(jnp.abs(x), axis_name)
         if eps is None:
-            scale = absmax / 127.0
-            codes = jnp.round(x * jnp.where(absmax > 0, 127.0 / absmax, 0.0))
-        else:
-            scale = divide(absmax, 127.5)
-            scale = jnp.where(scale == 0, eps, scale)
-            codes = jnp.round(jnp.clip(divide(x, scale), -128.0, 127.0))
+            return QuantizedInput(to_int8(x, absmax), int8_scale(absmax), None)
+        scale = divide(absmax, 127.5)
+        scale = jnp.where(scale == 0, eps, scale)
+        codes = jnp.round(jnp.clip(divide(x, scale), -128.0, 127.0))
     else:
         low = jnp.minimum(-_largest(-x, axis_name), 0.0)
         high = jnp.maximum(_largest(x, axis_name), 0.0)

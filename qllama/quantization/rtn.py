@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from qllama_kernels.codes import FP8_MAX, to_float8
 from qllama_kernels.packing import pack_int4
 
-from qllama.quantization.activations import FP8_MAX, divide, to_float8
+from qllama.quantization.activations import divide
 from qllama.quantization.qtensor import Array, QTensor
 from qllama.quantization.scheme import QuantScheme
 
