@@ -109,16 +109,19 @@ def test_lowers_for_a_gpu_in_a_loop() -> None:
     assert program.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
 
 
-@pytest.mark.parametrize(
-    ("dtype", "cached", "head_dim"),
-    [("float32", "float32", 128), ("bfloat16", "float8_e4m3fn", 128), ("bfloat16", "bfloat16", 96)],
-)
-def test_tells_what_it_does_not_take(dtype: str, cached: str, head_dim: int) -> None:
-    dtypes = jnp.dtype(dtype), jnp.dtype(cached)
-    assert not has_decode_attention(*dtypes, (32, 8), head_dim, "pallas")
-    assert not has_decode_attention(
-        jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), (32, 8), 128, "xla"
-    )
+def test_tells_what_it_does_not_take() -> None:
+    def takes(
+        dtype: str, cached: str, head_dim: int = 128, capacity: int = 64, backend: str = "pallas"
+    ) -> bool:
+        cache = jnp.zeros((1, 8, capacity, head_dim), cached)
+        return has_decode_attention(jnp.dtype(dtype), cache, (32, 8), head_dim, backend)
+
+    assert takes("bfloat16", "bfloat16")
+    assert not takes("bfloat16", "bfloat16", backend="xla")
+    assert not takes("bfloat16", "bfloat16", head_dim=96)
+    assert not takes("bfloat16", "bfloat16", capacity=65)
+    assert not takes("bfloat16", "float8_e4m3fn")
+    assert not takes("float32", "float32")
 
 
 @pytest.mark.gpu

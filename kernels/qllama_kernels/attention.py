@@ -39,13 +39,17 @@ def fused_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> j
 
 
 def has_decode_attention(
-    dtype: jnp.dtype, cache_dtype: jnp.dtype, heads: tuple[int, int], head_dim: int, backend: str
+    dtype: jnp.dtype,
+    cache: jax.Array,
+    heads: tuple[int, int],
+    head_dim: int,
+    backend: str,
 ) -> bool:
     """Whether `decode_attention` runs here.
 
     Args:
         dtype: of queries, keys and values as they are projected.
-        cache_dtype: of the cache.
+        cache: keys or values, `[B, K, S, H]`.
         heads: N and K.
         head_dim: H.
         backend: as of `dispatch.quantized_matmul`; it is products that the names of the kernels
@@ -53,8 +57,9 @@ def has_decode_attention(
     """
     check_backend(backend)
     here = backend in ("pallas", "interpret") or (backend == "auto" and kernels_run_here())
-    narrow = dtype in (jnp.bfloat16, jnp.float16) and cache_dtype == dtype
-    return here and narrow and head_dim in (64, 128) and heads[0] // heads[1] <= ROWS
+    narrow = dtype in (jnp.bfloat16, jnp.float16) and cache.dtype == dtype
+    tiled = head_dim in (64, 128) and cache.shape[2] % 8 == 0 and heads[0] // heads[1] <= ROWS
+    return here and narrow and tiled
 
 
 def decode_attention(

@@ -18,6 +18,7 @@ from qllama.engine.runner import Features, Runner
 
 SMALLEST_CHUNK = 16  # tokens: shorter prompts are padded to this
 SMALLEST_CAPACITY = 128
+CAPACITY_STEP = 8  # tokens that the attention kernel can move at a time
 
 
 class Engine:
@@ -124,7 +125,8 @@ class Engine:
         self.runner.reserve(self._capacity(max(needs)))
 
     def _capacity(self, tokens: int) -> int:
-        return bucket(tokens, SMALLEST_CAPACITY, largest=self.max_model_len)
+        capacity = bucket(tokens, SMALLEST_CAPACITY, largest=self.max_model_len)
+        return -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
 
     def _deliver(self, bursts: Iterable[tuple[int, Burst]]) -> Iterator[Request]:
         """Hand each request what it got, and free the rows of those that ended."""

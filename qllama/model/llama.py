@@ -161,8 +161,7 @@ class Attention(nnx.Module):
 
     def _has_kernel(self, dtype: jnp.dtype, layer: Entries) -> bool:
         heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        cached = layer.keys.dtype
-        return has_decode_attention(dtype, cached, heads, self.config.head_dim, self.backend)
+        return has_decode_attention(dtype, layer.keys, heads, self.config.head_dim, self.backend)
 
 
 def swiglu(gate_up_proj: MergedDense, x: jax.Array) -> jax.Array:
