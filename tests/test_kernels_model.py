@@ -39,7 +39,7 @@ def test_simulated_kernels_give_the_references_logits(tiny_llama3, kind: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ct_w4a16_g128", "ct_w8a8_int8"])
 def test_simulated_kernels_give_the_references_tokens(tiny_llama3, kind: str) -> None:
-    params, found = SamplingParams(max_tokens=6, temperature=0), {}
+    params, found = SamplingParams(max_tokens=3, temperature=0), {}
     for backend in ("interpret", "reference"):
         llm = LLM(tiny_llama3(kind), dtype="bfloat16", backend=backend, max_model_len=32)
         [output] = llm.generate({"prompt_token_ids": [1, 5, 9, 30]}, params)
