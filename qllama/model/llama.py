@@ -69,11 +69,10 @@ def attention_context(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, Entries | None]:
-    """What o_proj reads, `[B, T, N * H]`, and the cache of this layer, written."""
+    """What o_proj reads, `[B, T, N * H]`, and the cache of this layer, written. The scales are for
+    a float8 cache."""
     q, k, v = project_heads(config, qkv_proj, x, rope)
     if layer is not None:
-        if layer.keys.dtype != jnp.float8_e4m3fn:
-            k_scale = v_scale = None
         layer = write(layer, k, v, positions, rows, k_scale, v_scale)
     # With no more context than there are tokens here, these are their texts' first: what the cache
     # holds of them is what was just written, unless it was rounded.
@@ -88,21 +87,29 @@ def attention_context(
 
 
 def decode_context(
-    config: LlamaConfig,
     qkv_proj: MergedDense,
     x: Input,
+    dtype: jnp.dtype,
     rope: tuple[jax.Array, jax.Array],
     positions: jax.Array,
     layer: Entries,
     *,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     backend: str,
 ) -> tuple[jax.Array, Entries]:
     """`attention_context` of one token a row, by the kernel there is for that."""
-    sums = qkv_proj.addends(x)  # [S, B, 1, (N + 2K) * H]
-    qkv = add_up(sums).astype(layer.keys.dtype)
-    qkv = qkv.reshape(qkv.shape[0], -1, config.head_dim)
-    cos, sin = (angles[:, 0] for angles in rope)
-    out, *written = decode_attention(qkv, cos, sin, positions[:, 0], *layer, backend=backend)
+    qkv = add_up(qkv_proj.addends(x)).astype(dtype)  # [B, 1, (N + 2K) * H]
+    angles = (x[:, 0] for x in rope)
+    out, *written = decode_attention(
+        qkv[:, 0],
+        *angles,
+        positions[:, 0],
+        *layer,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        backend=backend,
+    )
     return out.reshape(out.shape[0], 1, -1), Entries(*written)
 
 
@@ -139,29 +146,42 @@ class Attention(nnx.Module):
         context: int | None,
     ) -> tuple[jax.Array, Entries | None]:
         """Addends, and the cache of this layer, written. `dtype` is the compute dtype."""
-        one_token_of_every_row = positions.shape[1] == 1 and rows is None and context is None
-        if layer is not None and one_token_of_every_row and self._has_kernel(dtype, layer):
-            attended, layer = decode_context(
-                self.config, self.qkv_proj, x, rope, positions, layer, backend=self.backend
-            )
-            return self.o_proj.addends(attended), layer
-        attended, layer = attention_context(
-            self.config,
-            self.qkv_proj,
-            x,
-            rope,
-            positions,
-            layer,
-            rows,
-            context,
-            k_scale=None if self.k_scale is None else self.k_scale[...],
-            v_scale=None if self.v_scale is None else self.v_scale[...],
+        k_scale, v_scale = (
+            None if scale is None else scale[...] for scale in (self.k_scale, self.v_scale)
         )
+        if layer is not None and layer.keys.dtype != jnp.float8_e4m3fn:
+            k_scale = v_scale = None
+        decodes = positions.shape[1] == 1 and rows is None and context is None
+        if layer is not None and decodes and self._has_kernel(dtype, layer):
+            attended, layer = decode_context(
+                self.qkv_proj,
+                x,
+                dtype,
+                rope,
+                positions,
+                layer,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                backend=self.backend,
+            )
+        else:
+            attended, layer = attention_context(
+                self.config,
+                self.qkv_proj,
+                x,
+                rope,
+                positions,
+                layer,
+                rows,
+                context,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
         return self.o_proj.addends(attended), layer
 
     def _has_kernel(self, dtype: jnp.dtype, layer: Entries) -> bool:
-        heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return has_decode_attention(dtype, layer.keys, heads, self.config.head_dim, self.backend)
+        heads = self.config.num_attention_heads
+        return has_decode_attention(dtype, layer.keys, heads, self.backend)
 
 
 def swiglu(gate_up_proj: MergedDense, x: jax.Array) -> jax.Array:
