@@ -181,18 +181,23 @@ def choose(problem: Problem, device_kind: str = "") -> Config:
     return heuristic(problem)
 
 
+# Ours leaves its partial sums to the next kernel and scales its own sums. In a model XLA's products
+# of few tokens took a kernel more than when they were timed alone, worth a third of their time.
+_XLA_MARGIN = 4 / 3
+
+
 def xla_is_faster(problem: Problem, device_kind: str = "") -> bool:
-    """Whether XLA was measured to beat the best kernel, or the kernel was not measured at all."""
+    """Whether XLA was measured to beat the best kernel, by what that is worth in a model."""
     if problem.scheme == "fp8" and problem.m > M_BUCKETS[-1]:
         return True
-    if problem.scheme == "fp8_block":  # simulated and compiled, not yet run on a GPU
+    if problem.scheme == "fp8_block" and problem.m > M_BUCKETS[-1]:
         return True
     if X_BYTES[problem.scheme] == 2 or problem.m > M_BUCKETS[-1]:
         return False
     record = table(device_kind).get((problem.scheme, problem.n, problem.k, problem.bucket))
     if record is None or record["us"] is None or record["xla_us"] is None:
         return False
-    return record["xla_us"] < record["us"]
+    return record["xla_us"] * _XLA_MARGIN < record["us"]
 
 
 def to_record(config: Config) -> dict[str, Any]:
