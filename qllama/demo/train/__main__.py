@@ -43,8 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.add_argument("--validation", help="the novel to validate on (persuasion.txt)")
     for name, default in asdict(Settings()).items():
         if name in _TRAINING:
-            shown = f"{_TRAINING[name]} ({default})".strip()
-            training.add_argument(f"--{name}", type=type(default), metavar="N", help=shown)
+            kind = type(default)
+            training.add_argument(
+                f"--{name}",
+                type=kind,
+                metavar="SHARE" if kind is float else "N",
+                help=f"{_TRAINING[name]} ({default})".strip(),
+            )
     args = vars(parser.parse_args(arguments))
     text, out, source, sequences = (
         args.pop(name) for name in ("text", "out", "from_float", "calibration")

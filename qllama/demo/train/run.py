@@ -109,6 +109,7 @@ def quantize_demo(
     with tempfile.TemporaryDirectory() as scratch:
         nearest = Path(scratch, "rtn")
         qllama.quantize(source, nearest, scheme="W4A16", algorithm="rtn")
+        print(f"predicting {training.validation} with three models", flush=True)
         bfloat16, rounded, gptq = (
             _perplexity(model, novels.held_out, settings.length)
             for model in (source, nearest, folder)
