@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from qllama_convert.checkpoint import open_checkpoint
@@ -19,11 +22,13 @@ from qllama_convert.quantization_config import parse_quantization
 
 from qllama import demo
 from qllama.config import LlamaConfig
-from qllama.demo.train import run, training
+from qllama.demo.train import export, run, training
 from qllama.demo.train.__main__ import main
+from qllama.demo.train.facts import TrainingFacts
 from qllama.demo.train.settings import ARCHITECTURE, Settings
 from qllama.demo.train.text import Corpus, read_novel, sample_batch, tokenize, windows
 from qllama.demo.train.tokenizer import SPECIAL_TOKENS, tokenizer_files, train_tokenizer
+from qllama.gptq.report import QuantizationReport
 from qllama.model.init import init_llama
 from qllama.model.llama import Llama
 from qllama.quantization.scheme import W4A16
@@ -96,13 +101,16 @@ def packaged_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(demo.model_path()))
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
+def write_texts(folder: Path) -> Path:
     folder.mkdir()
     (folder / "emma.txt").write_text(NOVEL * 10)
     (folder / "persuasion.txt").write_text(NOVEL)
     return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    return write_texts(tmp_path / "texts")
 
 
 def test_packaged_model_is_small_and_complete() -> None:
@@ -323,29 +331,150 @@ def test_a_stopped_run_goes_on_to_the_same_model(
         training.train(config, other, corpus, held_out, tmp_path / "stopped")
 
 
-def test_a_run_exports_the_weights_it_measured(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_training_that_never_rounds_is_judged_by_the_weights_as_they_are(
+    corpus: Corpus, tmp_path: Path
 ) -> None:
-    folder = run.make_demo(texts, tmp_path / "out", SETTINGS, architecture=TINY)
-    exported = load(folder)
-    printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines() if line[:7].strip().isdigit()] == [
-        "3",
-        "6",
-    ]
-    found = re.search(r"rounded to W4A16 ([\d.]+)", printed)
-    assert found is not None
-    card = (folder / "README.md").read_text()
-    assert f"**{found[1]}**" in card
+    settings = replace(SETTINGS, rounding=0.0)
+    config = LlamaConfig.from_hf(
+        {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 32, **TINY}
+    )
+    held_out = windows(corpus.prose, 32)
+    state = training.train(config, settings, corpus, held_out, tmp_path)
+    graph, _ = nnx.split(init_llama(config, jax.random.key(0)))
+    evaluate = training.make_evaluation(graph, 2)
+    assert evaluate(state.best_params, held_out) == pytest.approx(float(state.best_loss), rel=1e-5)
+    with pytest.raises(ValueError, match=r"rounding=1\.5 must be a share"):
+        Settings(rounding=1.5)
 
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a small run of all of it leaves."""
+    folder = tmp_path_factory.mktemp("made")
+    write_texts(folder / "texts")
+    source = run.train_demo(folder / "texts", folder / "out", SETTINGS, architecture=TINY)
+    assert source == folder / "out" / "float"
+    run.quantize_demo(source, folder / "texts", folder / "out", sequences=8)
+    return folder / "out"
+
+
+def nll(model: Llama, folder: Path) -> float:
+    """Of the held-out text, in the run's windows."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "\n\n".join(p for c in CHAPTERS for p in c)
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-    loss = training.mean_loss(exported, jnp.asarray(windows(ids, SETTINGS.length)))
-    assert math.exp(loss) == pytest.approx(float(found[1]), rel=1e-4, abs=0.006)
-    assert nnx.state(exported)["embed_tokens"][...].shape == (tokenizer.get_vocab_size(), 128)
+    return float(training.mean_loss(model, jnp.asarray(windows(ids, SETTINGS.length))))
+
+
+def test_a_run_leaves_a_float_model_a_quantized_one_and_its_report(made: Path) -> None:
+    assert {path.name for path in made.iterdir()} == {
+        "checkpoints",
+        "float",
+        "model",
+        "quantization_report.html",
+        "quantization_report.json",
+    }
+    packaged_files = {path.name for path in demo.model_path().iterdir()}
+    assert {path.name for path in (made / "model").iterdir()} == packaged_files
+    for name in packaged_files - {"README.md", "config.json", "model.safetensors"}:
+        assert (made / "float" / name).read_bytes() == (made / "model" / name).read_bytes()
+
+    with open_checkpoint(made / "float") as checkpoint:
+        assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"BF16"}
+        assert "quantization_config" not in checkpoint.config
+        vocab_size = checkpoint.config["vocab_size"]
+        assert checkpoint.tensors["model.embed_tokens.weight"].shape == (vocab_size, 128)
+    with open_checkpoint(made / "model") as checkpoint:
+        shapes = linear_shapes(LlamaConfig.from_hf(checkpoint.config))
+        quantization = parse_quantization(checkpoint, shapes)
+    assert quantization is not None
+    assert {quantization.linear(path) is not None for path in shapes if path != "lm_head"} == {True}
+
+    report = QuantizationReport.from_json((made / "quantization_report.json").read_text())
+    assert report.scheme == "W4A16"
+    assert report.calibration is not None
+    assert report.calibration.tokens == 8 * SETTINGS.length
+    assert {linear.algorithm for linear in report.linears} == {"gptq"}
+
+
+def test_the_card_has_the_perplexities_of_what_is_stored(made: Path) -> None:
+    card = (made / "model" / "README.md").read_text()
+    assert "Calibration data: 8 sequences of 32 tokens" in card
+    assert "In the last 50% of the steps the weights were rounded" in card
+    figures = [float(cell) for cell in re.findall(r"^\|.*\| \**([\d.]+)\** \|$", card, re.M)]
+
+    source = load(made / "float")
+    graph, params = nnx.split(source)
+    models = [
+        source,
+        nnx.merge(graph, training.round_weights(params)),  # as training rounds them
+        load(made / "model"),
+    ]
+    measured = [math.exp(nll(model, made / "float")) for model in models]
+    assert figures == [pytest.approx(perplexity, rel=1e-4, abs=0.006) for perplexity in measured]
+    assert len({f"{perplexity:.2f}" for perplexity in measured}) == 3, "no one stands for another"
+
+
+def test_the_exported_weights_are_the_best_of_training(made: Path) -> None:
+    with ocp.CheckpointManager(made / "checkpoints") as manager:
+        stored = manager.restore(SETTINGS.steps, args=ocp.args.StandardRestore())
+    embedding = np.asarray(stored["best_params"]["embed_tokens"]["value"])
+    with open_checkpoint(made / "float") as checkpoint:
+        exported = checkpoint.read("model.embed_tokens.weight")
+    np.testing.assert_array_equal(exported, embedding.astype(jnp.bfloat16))
+
+
+def test_a_float_model_alone_gives_the_same(made: Path, tmp_path: Path) -> None:
+    texts, out = write_texts(tmp_path / "texts"), tmp_path / "out"
+    source = shutil.copytree(made / "float", tmp_path / "carried")
+    arguments = ["--text", str(texts), "--out", str(out), "--from-float", str(source)]
+    main([*arguments, "--calibration", "8"])
+    assert {path.name for path in out.iterdir()} == {
+        "model",
+        "quantization_report.html",
+        "quantization_report.json",
+    }
+    for path in (made / "model").iterdir():
+        assert (out / "model" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "3", "--rounding", "0"], "leave out --steps, --rounding"),
+        (["--calibration", "0"], "one sequence is the least"),
+    ],
+)
+def test_a_float_model_is_not_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    folders = [f"--{name}={tmp_path}" for name in ("text", "out", "from-float")]
+    with pytest.raises(SystemExit):
+        main([*folders, *arguments])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_float_model_wants_the_texts_it_was_trained_on(made: Path, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts")
+    (texts / "emma.txt").write_text(NOVEL)
+    with pytest.raises(ValueError, match=r"was trained on \d+ tokens of emma\.txt; --text has"):
+        run.quantize_demo(made / "float", texts, tmp_path / "out")
+    with pytest.raises(ValueError, match="does not say how the model was trained"):
+        run.quantize_demo(made / "model", texts, tmp_path / "out")
+
+
+def test_a_float_model_is_in_small_files(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_SHARD_BYTES", 50_000)
+    config = json.loads((made / "float" / "config.json").read_text())
+    tokenizer = train_tokenizer([NOVEL], 300)
+    facts = TrainingFacts.read(made / "float")
+    folder = export.export(tmp_path / "float", load(made / "float"), config, tokenizer, facts)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert same(nnx.state(load(folder)), nnx.state(load(made / "float")))
 
 
 @pytest.mark.parametrize(
@@ -353,6 +482,7 @@ def test_a_run_exports_the_weights_it_measured(
     [
         (["--validation", "sanditon.txt"], "must hold sanditon.txt"),
         (["--length", "100000"], "do not fill one window of 100000"),
+        (["--rounding", "2"], "rounding=2.0 must be a share of the steps"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(
@@ -371,6 +501,8 @@ def test_the_command_line_refuses_in_one_line(
 @pytest.mark.slow
 def test_the_command_line_trains_and_writes(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    sizes = ["--steps", "2", "--batch", "1", "--length", "32"]
+    sizes = ["--steps", "2", "--batch", "1", "--length", "32", "--rounding", "0"]
     main(["--text", str(texts), "--out", str(out), *sizes])
+    card = (out / "model" / "README.md").read_text()
+    assert "- Kept is the state with the lowest validation loss.\n" in card
     assert load(out / "model").config.num_hidden_layers == ARCHITECTURE["num_hidden_layers"]

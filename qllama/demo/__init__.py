@@ -1,4 +1,4 @@
-"""The embedded demo model: a small Llama 3 that writes like Jane Austen, and how it was trained.
+"""The embedded demo model: a small Llama 3 that writes like Jane Austen, and how it is made.
 
 `model/` is its checkpoint folder; `python -m qllama.demo.train` makes another one.
 """

@@ -2,37 +2,68 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from qllama.demo.train.run import make_demo
-from qllama.demo.train.settings import Settings
+from qllama.demo.train.run import quantize_demo, train_demo
+from qllama.demo.train.settings import CALIBRATION_SEQUENCES, Settings
+
+_TRAINING = {  # field of Settings -> what it is
+    "steps": "",
+    "batch": "sequences a step",
+    "length": "tokens a sequence",
+    "rounding": "share of the steps, the last, that round the weights to W4A16; 0: none",
+    "seed": "",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m qllama.demo.train",
-        description="Train the demo model on a folder of novels and write it as W4A16. "
-        "Stopped and started again, it goes on where it was.",
+        description="Train the demo model on a folder of novels (OUT/float), quantize it to W4A16 "
+        "by GPTQ and measure it (OUT/model). Training that was stopped goes on where it was.",
     )
     parser.add_argument("--text", type=Path, required=True, help="folder of novels, *.txt")
-    parser.add_argument("--out", type=Path, required=True, help="for checkpoints/ and model/")
     parser.add_argument(
-        "--validation", default="persuasion.txt", help="the novel to validate on (%(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="(%(default)s)")
-    parser.add_argument(
-        "--batch", type=int, default=defaults.batch, help="sequences a step (%(default)s)"
+        "--out", type=Path, required=True, help="for checkpoints/, float/, model/ and a report"
     )
     parser.add_argument(
-        "--length", type=int, default=defaults.length, help="tokens a sequence (%(default)s)"
+        "--from-float", type=Path, metavar="DIR", help="quantize this float/ instead of training"
     )
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
-    args = parser.parse_args(arguments)
-    settings = Settings(steps=args.steps, batch=args.batch, length=args.length, seed=args.seed)
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=CALIBRATION_SEQUENCES,
+        metavar="N",
+        help="sequences of the novels to quantize with (%(default)s)",
+    )
+    # Left out, they are not there, so that it can be told whether someone asks for one.
+    training = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
+    training.add_argument("--validation", help="the novel to validate on (persuasion.txt)")
+    for name, default in asdict(Settings()).items():
+        if name in _TRAINING:
+            kind = type(default)
+            training.add_argument(
+                f"--{name}",
+                type=kind,
+                metavar="SHARE" if kind is float else "N",
+                help=f"{_TRAINING[name]} ({default})".strip(),
+            )
+    args = vars(parser.parse_args(arguments))
+    text, out, source, sequences = (
+        args.pop(name) for name in ("text", "out", "from_float", "calibration")
+    )
+    if source is not None and args:
+        parser.error(f"--from-float is trained already: leave out --{', --'.join(args)}")
+    if sequences < 1:
+        parser.error(f"--calibration {sequences}: one sequence is the least")
     try:
-        folder = make_demo(args.text, args.out, settings, validation=args.validation)
+        if source is None:
+            novel = {name: args.pop(name) for name in ("validation",) if name in args}
+            source = train_demo(text, out, Settings(**args), **novel)
+            print(f"wrote {source}", flush=True)
+        folder = quantize_demo(source, text, out, sequences=sequences)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {folder}")

@@ -1,53 +1,53 @@
-"""The model card of a trained demo model."""
+"""The model card of the demo model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from string import Template
 from typing import Any
 
-from qllama.demo.train.settings import Settings
+from qllama.demo.train.facts import QuantizationFacts, TrainingFacts
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingFacts:
-    """What the card says beyond the config."""
-
-    settings: Settings
-    novels: Sequence[str]  # names of the texts trained on
-    validation: str  # name of the text validated on
-    train_tokens: int
-    validation_tokens: int  # in whole windows of `settings.length`
-    seconds: float  # of training
-    device: str
-    perplexity: float  # of the validation text, weights in bfloat16
-    perplexity_w4a16: float  # the same with the stored weights
-
-
-def model_card(config: Mapping[str, Any], parameters: int, facts: TrainingFacts) -> str:
+def model_card(
+    config: Mapping[str, Any],
+    parameters: int,
+    training: TrainingFacts,
+    quantized: QuantizationFacts,
+) -> str:
     """The README.md of the folder, in Markdown with the Hub's header."""
-    settings = facts.settings
-    epochs = settings.steps * settings.batch * settings.length / facts.train_tokens
+    settings = training.settings
+    epochs = settings.steps * settings.batch * settings.length / training.train_tokens
     return _CARD.substitute(
         config,
         parameters=f"{parameters / 1e6:.1f}",
-        novels=", ".join(facts.novels),
-        validation=facts.validation,
-        train_tokens=f"{facts.train_tokens:,}",
-        validation_tokens=f"{facts.validation_tokens:,}",
+        novels=", ".join(training.novels),
+        validation=training.validation,
+        train_tokens=f"{training.train_tokens:,}",
         steps=f"{settings.steps:,}",
         batch=settings.batch,
+        length=settings.length,
         epochs=f"{epochs:.0f}",
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         dropout=settings.dropout,
-        rounding=f"{settings.rounding:.0%}",
+        kept=_ROUNDED.format(settings.rounding) if settings.rounding else _NOT_ROUNDED,
         seed=settings.seed,
-        seconds=f"{facts.seconds:.0f}",
-        device=facts.device,
-        perplexity=f"{facts.perplexity:.2f}",
-        perplexity_w4a16=f"{facts.perplexity_w4a16:.2f}",
+        seconds=f"{training.seconds:.0f}",
+        device=training.device,
+        sequences=quantized.sequences,
+        calibration_tokens=f"{quantized.tokens:,}",
+        validation_windows=quantized.validation_windows,
+        validation_tokens=f"{quantized.validation_tokens:,}",
+        bfloat16=f"{quantized.bfloat16:.2f}",
+        rounded=f"{quantized.rounded:.2f}",
+        gptq=f"{quantized.gptq:.2f}",
     )
 
+
+_ROUNDED = """\
+In the last {:.0%} of the steps the weights were rounded to W4A16 in the forward pass
+  (straight-through estimator). Kept is the state with the lowest validation loss after rounding to
+  nearest."""
+_NOT_ROUNDED = "Kept is the state with the lowest validation loss."
 
 _CARD = Template("""\
 ---
@@ -55,7 +55,7 @@ license: apache-2.0
 language: en
 library_name: qllama
 pipeline_tag: text-generation
-tags: [llama, compressed-tensors, w4a16]
+tags: [llama, compressed-tensors, w4a16, gptq]
 ---
 
 # The demo model of qllama
@@ -73,19 +73,21 @@ tied embeddings, rotary embedding of type `llama3` |
 | tokenizer | byte-level BPE, $vocab_size tokens, trained on the same texts; Llama 3's split \
 pattern, special tokens and chat template |
 | context | $max_position_embeddings tokens, all of them trained |
-| weights | W4A16: Linears int4 in groups of 128, symmetric, rounded to nearest; embedding and \
-norms bfloat16; compressed-tensors, `pack-quantized` |
+| weights | W4A16: Linears int4 in groups of 128, symmetric, by GPTQ; embedding and norms \
+bfloat16; compressed-tensors, `pack-quantized` |
 
 ## Perplexity
 
 | $validation, not trained on | per token |
 | --- | --- |
-| bfloat16 weights | $perplexity |
-| **W4A16, as stored** | **$perplexity_w4a16** |
+| bfloat16, as trained | $bfloat16 |
+| W4A16, rounded to nearest | $rounded |
+| **GPTQ W4A16, as stored** | **$gptq** |
 
 Paragraphs joined by empty lines, headings left out, tokenized without special tokens and cut into
-consecutive windows of $max_position_embeddings tokens, each run alone: $validation_tokens tokens,
-float32 compute. The same text was used to choose weight decay, dropout and when to stop.
+$validation_windows consecutive windows of $length tokens, each run alone and predicting all its
+tokens but the first: $validation_tokens tokens, float32 compute. The same text was used to choose
+weight decay, dropout and when to stop.
 
 ## Training
 
@@ -96,11 +98,17 @@ float32 compute. The same text was used to choose weight decay, dropout and when
 - $steps steps of $batch sequences, about $epochs passes over the texts. AdamW, learning rate
   $learning_rate with warm-up and cosine decay, weight decay $weight_decay, dropout $dropout on what
   each block adds to the residual stream, gradients clipped to norm 1, seed $seed.
-- In the last $rounding of the steps the weights were rounded to W4A16 in the forward pass
-  (straight-through estimator). Kept is the state with the lowest validation loss after rounding.
+- $kept
 - $seconds seconds on one $device, compilation included.
 
-Made by `python -m qllama.demo.train --text DIR --out DIR`.
+## Quantization
+
+`qllama.quantize` with scheme W4A16: GPTQ with activation order, each Linear calibrated on what the
+quantized ones before it make. Calibration data: $sequences sequences of $length tokens, drawn from
+the novels as those for training were, $calibration_tokens tokens in all; nothing of
+$validation.
+
+Trained and quantized by `python -m qllama.demo.train --text DIR --out DIR`.
 
 ## Use
 

@@ -1,4 +1,4 @@
-"""The trained model as a folder: W4A16 compressed-tensors, tokenizer, generation defaults, card."""
+"""The trained model as a folder: bfloat16 weights, tokenizer, generation defaults."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,24 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from qllama_convert.export_config import compressed_tensors_config
-from qllama_convert.formats import pack_quantized
-from qllama_convert.names import EMBED_TOKENS, LM_HEAD, layer_path, linear_shapes
+from qllama_convert.names import EMBED_TOKENS, GATE_UP, QKV, layer_path
 from qllama_convert.writer import write_checkpoint
 
-from qllama.config import LlamaConfig
-from qllama.demo.train.card import TrainingFacts, model_card
+from qllama.demo.train.facts import TRAINING_FILE, TrainingFacts
 from qllama.demo.train.tokenizer import tokenizer_files
 from qllama.model.dense import Dense, MergedDense
 from qllama.model.llama import Llama
-from qllama.quantization.rtn import quantize_rtn
-from qllama.quantization.scheme import W4A16
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Found by reading: hotter, the sentences lose their thread; cooler, they repeat themselves.
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+_SHARD_BYTES = 12_000_000  # so that the files can be moved where large ones cannot
 
 
 def hf_config(
@@ -57,29 +53,27 @@ def export(
     tokenizer: "Tokenizer",
     facts: TrainingFacts,
 ) -> Path:
-    """Write the checkpoint folder, in place of one that may be there, and return its path.
+    """Write the float checkpoint, in place of one that may be there, and return its path.
 
     Args:
         folder: see `write_checkpoint`.
-        model: float; its Linears are rounded to W4A16, the rest to bfloat16.
+        model: its parameters are rounded to bfloat16.
         config: as `hf_config` gives it.
         tokenizer: written as the files of `tokenizer_files`.
-        facts: for the card.
+        facts: written beside them.
     """
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     generation = {**_token_ids(tokenizer), **_SAMPLING}
     files = {
         **tokenizer_files(tokenizer, config["max_position_embeddings"]),
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        "README.md": model_card(config, parameters, facts),
+        TRAINING_FILE: facts.to_json(),
     }
-    schemes = dict.fromkeys(linear_shapes(LlamaConfig.from_hf(config)), W4A16)
-    del schemes[LM_HEAD]
     return write_checkpoint(
         folder,
-        config={**config, "quantization_config": compressed_tensors_config(schemes, [LM_HEAD])},
+        config=config,
         tensors=dict(_stored_tensors(model)),
         files={name: text.encode() for name, text in files.items()},
+        max_shard_bytes=_SHARD_BYTES,
         overwrite=True,
     )
 
@@ -100,24 +94,22 @@ def _stored_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
         path, attention, mlp = layer_path(i), layer.self_attn, layer.mlp
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{path}.{name}.weight", _bfloat16(getattr(layer, name).weight)
-        linears = {
-            **_split(f"{path}.self_attn", ("q_proj", "k_proj", "v_proj"), attention.qkv_proj),
-            f"{path}.self_attn.o_proj": _bfloat16(attention.o_proj.weight),
-            **_split(f"{path}.mlp", ("gate_proj", "up_proj"), mlp.gate_up_proj),
-            f"{path}.mlp.down_proj": _bfloat16(mlp.down_proj.weight),
-        }
-        for linear, weight in linears.items():
-            arrays = pack_quantized.write(quantize_rtn(weight, W4A16))
-            yield from ((f"{linear}.{suffix}", array) for suffix, array in arrays.items())
+        yield from _split(path, QKV, attention.qkv_proj)
+        yield f"{path}.self_attn.o_proj.weight", _bfloat16(attention.o_proj.weight)
+        yield from _split(path, GATE_UP, mlp.gate_up_proj)
+        yield f"{path}.mlp.down_proj.weight", _bfloat16(mlp.down_proj.weight)
 
 
 def _bfloat16(weight: nnx.Variable[jax.Array]) -> np.ndarray:
     return np.asarray(weight[...], jnp.bfloat16)
 
 
-def _split(path: str, names: Sequence[str], merged: MergedDense) -> dict[str, np.ndarray]:
-    """The weights of Linears whose rows are stacked in one, by module path."""
+def _split(
+    path: str, names: Sequence[str], merged: MergedDense
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights of Linears whose rows are stacked in one."""
     (stacked,) = merged.parts
     assert isinstance(stacked, Dense)
     rows = np.split(_bfloat16(stacked.weight), np.cumsum(merged.sizes)[:-1])
-    return {f"{path}.{name}": weight for name, weight in zip(names, rows, strict=True)}
+    for name, weight in zip(names, rows, strict=True):
+        yield f"{path}.{name}.weight", weight

@@ -1,26 +1,34 @@
-"""From a folder of novels to a folder with a model: tokenize, train, measure, export."""
+"""From a folder of novels to a folder with a model, in two steps: train, then quantize.
 
-import math
+The float model between them is a folder of its own, so that the second step can be done elsewhere.
+"""
+
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from qllama_convert.checkpoint import open_checkpoint
 
+import qllama
 from qllama.config import LlamaConfig
-from qllama.demo.train.card import TrainingFacts
+from qllama.demo.train.card import model_card
 from qllama.demo.train.export import export, hf_config
-from qllama.demo.train.settings import ARCHITECTURE, Settings
-from qllama.demo.train.text import read_novel, tokenize, windows
+from qllama.demo.train.facts import QuantizationFacts, TrainingFacts
+from qllama.demo.train.settings import ARCHITECTURE, CALIBRATION_SEQUENCES, Settings
+from qllama.demo.train.text import Novels, read_novels, sample_batch, tokenize, windows
 from qllama.demo.train.tokenizer import train_tokenizer
-from qllama.demo.train.training import make_evaluation, round_weights, train
+from qllama.demo.train.training import train
+from qllama.evaluate.perplexity import PerplexityResult
+from qllama.gptq.report import PAGE_FILE, REPORT_FILE
 from qllama.model.init import init_llama
 
 
-def make_demo(
+def train_demo(
     text: Path,
     out: Path,
     settings: Settings,
@@ -28,7 +36,7 @@ def make_demo(
     architecture: Mapping[str, Any] = ARCHITECTURE,
     validation: str = "persuasion.txt",
 ) -> Path:
-    """Train on the novels in `text`, checkpoints in `out`, and export to `out/model`.
+    """Train on the novels in `text`, checkpoints in `out`, and export to `out/float`.
 
     Args:
         text: a folder of novels as `*.txt`.
@@ -43,37 +51,115 @@ def make_demo(
     Raises:
         ValueError: no novels, too short a validation text, or checkpoints of other settings.
     """
-    paths = [path for path in sorted(text.glob("*.txt")) if path.name != validation]
-    if not paths or not (text / validation).is_file():
-        raise ValueError(f"{text} must hold {validation} and at least one other .txt file")
-    chapters = [chapter for path in paths for chapter in read_novel(path)]
-    tokenizer = train_tokenizer((p for c in chapters for p in c), settings.vocab_size)
-    corpus = tokenize(chapters, tokenizer)
-    held_out = "\n\n".join(p for c in read_novel(text / validation) for p in c)
-    ids = tokenizer.encode(held_out, add_special_tokens=False).ids
+    novels = read_novels(text, validation)
+    tokenizer = train_tokenizer((p for c in novels.chapters for p in c), settings.vocab_size)
+    corpus = tokenize(novels.chapters, tokenizer)
+    ids = tokenizer.encode(novels.held_out, add_special_tokens=False).ids
     validation_windows = windows(np.array(ids, np.int32), settings.length)
     print(f"{corpus.prose.size:,} tokens to train on, {validation_windows.size:,} to validate on")
 
     hf = hf_config(architecture, tokenizer, settings.length)
     config = LlamaConfig.from_hf(hf)
     state = train(config, settings, corpus, validation_windows, out / "checkpoints")
-
     graph, _ = nnx.split(nnx.eval_shape(lambda: init_llama(config, jax.random.key(0))))
-    best = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), state.best_params)
-    evaluate = make_evaluation(graph, settings.batch)
-    with jax.default_matmul_precision("highest"):
-        losses = [evaluate(params, validation_windows) for params in (best, round_weights(best))]
-    perplexity, perplexity_w4a16 = (math.exp(loss) for loss in losses)
-    print(f"perplexity of {validation}: {perplexity:.2f}, rounded to W4A16 {perplexity_w4a16:.2f}")
     facts = TrainingFacts(
         settings=settings,
-        novels=[path.name for path in paths],
+        novels=novels.names,
         validation=validation,
         train_tokens=corpus.prose.size,
-        validation_tokens=validation_windows.size,
         seconds=float(state.seconds),
         device=jax.devices()[0].device_kind,
-        perplexity=perplexity,
-        perplexity_w4a16=perplexity_w4a16,
     )
-    return export(out / "model", nnx.merge(graph, best), hf, tokenizer, facts)
+    return export(out / "float", nnx.merge(graph, state.best_params), hf, tokenizer, facts)
+
+
+def quantize_demo(
+    source: Path, text: Path, out: Path, *, sequences: int = CALIBRATION_SEQUENCES
+) -> Path:
+    """Quantize a model that `train_demo` made to W4A16 by GPTQ, measure it, and say so in its card.
+
+    Args:
+        source: its folder.
+        text: the novels it was trained on and validated with.
+        out: gets `model`, in place of one that may be there, and beside it the report.
+        sequences: of the novels, to calibrate with.
+
+    Returns:
+        `out/model`.
+
+    Raises:
+        ValueError: other novels than those, or `qllama.quantize` refuses.
+    """
+    training = TrainingFacts.read(source)
+    settings = training.settings
+    novels = read_novels(text, training.validation)
+    rows = _calibration_rows(source, novels, training, sequences)
+    arguments: dict[str, Any] = {
+        "scheme": "W4A16",
+        "dataset": rows,
+        "num_calibration_samples": sequences,
+        "max_seq_length": settings.length,
+        # Started anew it costs a minute; what another float model left is not in the way.
+        "resume": False,
+        "overwrite": True,
+    }
+    folder = out / "model"
+    report = qllama.quantize(source, folder, **arguments)
+    assert report.calibration is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        nearest = Path(scratch, "rtn")
+        qllama.quantize(source, nearest, scheme="W4A16", algorithm="rtn")
+        print(f"predicting {training.validation} with three models", flush=True)
+        bfloat16, rounded, gptq = (
+            _perplexity(model, novels.held_out, settings.length)
+            for model in (source, nearest, folder)
+        )
+    print(
+        f"perplexity of {training.validation}: {bfloat16.perplexity:.2f} in bfloat16, "
+        f"{rounded.perplexity:.2f} rounded to nearest, {gptq.perplexity:.2f} by GPTQ"
+    )
+    for name in (REPORT_FILE, PAGE_FILE):
+        os.replace(folder / name, out / name)
+    with open_checkpoint(source) as checkpoint:
+        config = checkpoint.config
+        shapes = [tensor.shape for tensor in checkpoint.tensors.values()]
+    quantized = QuantizationFacts(
+        sequences=report.calibration.sequences,
+        tokens=report.calibration.tokens,
+        validation_windows=gptq.windows,
+        validation_tokens=gptq.tokens,
+        bfloat16=bfloat16.perplexity,
+        rounded=rounded.perplexity,
+        gptq=gptq.perplexity,
+    )
+    parameters = sum(int(np.prod(shape)) for shape in shapes)
+    card = model_card(config, parameters, training, quantized)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def _calibration_rows(
+    source: Path, novels: Novels, training: TrainingFacts, sequences: int
+) -> np.ndarray:
+    """int32 `[sequences, length]`: what would be the inputs of one more step of training."""
+    from tokenizers import Tokenizer
+
+    corpus = tokenize(novels.chapters, Tokenizer.from_file(str(source / "tokenizer.json")))
+    if (novels.names, corpus.prose.size) != (list(training.novels), training.train_tokens):
+        raise ValueError(
+            f"the model in {source} was trained on {training.train_tokens} tokens of "
+            f"{', '.join(training.novels)}; --text has {corpus.prose.size} tokens of "
+            f"{', '.join(novels.names)}"
+        )
+    settings = training.settings
+    rng = np.random.default_rng((settings.seed, settings.steps))
+    return sample_batch(corpus, rng, sequences, settings.length)[:, :-1]
+
+
+def _perplexity(folder: Path, text: str, window: int) -> PerplexityResult:
+    # On a GPU products of float32 are rounded to TF32 unless asked otherwise.
+    with (
+        jax.default_matmul_precision("highest"),
+        qllama.LLM(folder, dtype="float32") as llm,
+    ):
+        return qllama.perplexity(llm, text, window=window)

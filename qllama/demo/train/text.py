@@ -42,6 +42,30 @@ def read_novel(path: Path) -> list[Chapter]:
     return [chapter for chapter in chapters[len(chapters) > 1 :] if chapter]
 
 
+class Novels(NamedTuple):
+    """What a folder of novels is used for."""
+
+    names: list[str]  # of the files to train on
+    chapters: list[Chapter]  # theirs
+    held_out: str  # the text to validate on, its paragraphs joined by empty lines
+
+
+def read_novels(folder: Path, validation: str) -> Novels:
+    """All `*.txt` in a folder, of which the one named `validation` is held out.
+
+    Raises:
+        ValueError: it is not there, or no other is.
+    """
+    paths = [path for path in sorted(folder.glob("*.txt")) if path.name != validation]
+    if not paths or not (folder / validation).is_file():
+        raise ValueError(f"{folder} must hold {validation} and at least one other .txt file")
+    return Novels(
+        names=[path.name for path in paths],
+        chapters=[chapter for path in paths for chapter in read_novel(path)],
+        held_out="\n\n".join(p for c in read_novel(folder / validation) for p in c),
+    )
+
+
 class Corpus(NamedTuple):
     """Two streams of token ids, and where in each a text may begin."""
 

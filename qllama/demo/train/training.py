@@ -2,10 +2,10 @@
 
 The novels are few and the model sees each page dozens of times, so what matters is not to learn
 them by heart: dropout on what every block adds to the residual stream, and strong weight decay.
-The second part of the training rounds the weights to W4A16 in the forward pass and lets the
-gradient through (a straight-through estimator, Bengio et al., 2013), so that the model that is
-stored is the one that was trained. Kept is the state with the lowest validation loss after that
-rounding.
+On request (`Settings.rounding`) the last part of the training rounds the weights to W4A16 in the
+forward pass and lets the gradient through (a straight-through estimator, Bengio et al., 2013), so
+that little is lost when they are quantized. Kept is the state with the lowest validation loss, then
+with the weights rounded to nearest.
 """
 
 import json
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: nnx.State  # float32
     optimizer: optax.OptState
-    best_params: nnx.State  # at the lowest validation loss so far
+    best_params: nnx.State  # at the lowest validation loss so far, rounded if training rounds
     best_loss: jax.Array
     seconds: jax.Array  # spent in training so far
 
@@ -64,7 +64,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def round_weights(params: nnx.State) -> nnx.State:
-    """The parameters as W4A16 stores them: Linears rounded to 4 bits, the rest to bfloat16."""
+    """The parameters rounded to nearest: Linears to W4A16, the rest to bfloat16."""
 
     def stored(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
         half = p.astype(jnp.bfloat16)
@@ -201,12 +201,13 @@ def train(
                 continue
             plain = float(evaluate(params, windows_on_device))
             rounded = float(evaluate(round_weights(params), windows_on_device))
-            if rounded < best_loss:
-                best_params, best_loss = jax.tree.map(jnp.copy, params), rounded
+            judged = rounded if settings.rounding else plain
+            if judged < best_loss:
+                best_params, best_loss = jax.tree.map(jnp.copy, params), judged
             seconds = time.monotonic() - start
             print(
                 f"{done:7d} {np.mean(losses):7.3f} {plain:8.3f} {rounded:11.3f} "
-                f"{math.exp(rounded):14.2f} {seconds:9.0f}",
+                f"{math.exp(judged):14.2f} {seconds:9.0f}",
                 flush=True,
             )
             losses.clear()
