@@ -88,9 +88,10 @@ def measure(folder: Path, backend: str, cells: list[tuple[int, int]], repeat: in
         llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
         return time.perf_counter() - begin
 
-    first = {cell: seconds(*cell, MANY) for cell in cells}
+    first = {}
     for cell in cells:
-        seconds(*cell, FEW)
+        first[cell] = seconds(*cell, MANY)
+        seconds(*cell, FEW)  # with the rows and the room that the run before has left
     print("READY", flush=True)
     input()
     bandwidth, weights = read_bandwidth(), bytes_a_step(llm)

@@ -9,8 +9,8 @@ solved together, and so are gate and up. Weights and activations are random, and
 activations is summed again and again; time does not depend on their values. The model's forward
 passes and its files are no part of this.
 
-With `--model` it is one run of `qllama.quantize`, whose report says where the time went: compiling
-and writing are in it, importing is not. `--peer NAME=SECONDS` is what another tool took.
+With `--model` it is one run of `qllama.quantize`, whose report says where the time went: writing
+is in it, compiling unless `--warm`, importing is not. `--peer NAME=SECONDS` is what another took.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from qllama.gptq.hessian import Hessian, accumulate, examine
 from qllama.gptq.linear import GPTQOptions, quantize_gptq
+from qllama.gptq.plan import tokens_per_batch
 from qllama.gptq.scales import choose_scales, widen
 from qllama.gptq.solver import factor, solve
 from qllama.quantization.scheme import PRESETS, QuantScheme
@@ -133,9 +134,10 @@ def bench_run(
     samples: int = 512,
     length: int = 2048,
     devices: int = 1,
+    warm: bool = False,
     peers: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Time a run of `qllama.quantize` with its defaults.
+    """Time a run of `qllama.quantize` with its defaults; `warm`: after one that compiles it all.
 
     Returns:
         A record. `value` and `parts` are in seconds, `peak_bytes` those of host and device.
@@ -144,19 +146,24 @@ def bench_run(
 
     import qllama
 
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        report = qllama.quantize(
-            model,
-            Path(scratch, "quantized"),
-            scheme=scheme,
-            group_size=group_size,
-            dataset=dataset,
-            num_calibration_samples=samples,
-            max_seq_length=length,
-            data_parallel_size=devices,
-        )
-    took = time.perf_counter() - begin
+    def run(samples: int) -> tuple[Any, float]:
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            report = qllama.quantize(
+                model,
+                Path(scratch, "quantized"),
+                scheme=scheme,
+                group_size=group_size,
+                dataset=dataset,
+                num_calibration_samples=samples,
+                max_seq_length=length,
+                data_parallel_size=devices,
+            )
+        return report, time.perf_counter() - begin
+
+    if warm:  # several batches of the same shape on every device
+        run(min(samples, 3 * devices * max(1, tokens_per_batch() // length)))
+    report, took = run(samples)
     parts = {name: round(value, 2) for name, value in asdict(report.seconds).items()}
     return new_record(
         "gptq",
@@ -166,6 +173,7 @@ def bench_run(
         scheme=report.scheme,
         samples=samples,
         length=length,
+        compiled="before" if warm else "within",
         metric="s",
         value=round(took, 1),
         parts=parts | {"rest": round(took - sum(parts.values()), 2)},
@@ -211,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--samples", type=int, default=512)
     run.add_argument("--length", type=int, default=2048)
     run.add_argument("--devices", type=int, default=1, help="to spread the run over")
+    run.add_argument("--warm", action="store_true", help="compile in a run before, of few samples")
     run.add_argument("--peer", action="append", default=[], metavar="NAME=SECONDS")
     args = parser.parse_args(arguments)
     if args.model is not None:
@@ -223,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples=args.samples,
             length=args.length,
             devices=args.devices,
+            warm=args.warm,
             peers=peers,
         )
         print(json.dumps(record), flush=True)
