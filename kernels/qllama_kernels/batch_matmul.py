@@ -94,32 +94,30 @@ def batch_matmul(
         n0 = lax.axis_index("n") * cta_rows
         split = lax.axis_index("split")
 
-        def fetch_weight(i):
+        def fetch(i):
             slot = lax.rem(i, c.stages)
             block = (split * steps + i) * c.blocks
+            columns = pl.ds(block * COLUMNS, c.blocks * COLUMNS)
+            arrived = loaded.at[slot]
+            plgpu.copy_gmem_to_smem(
+                x_ref.at[pl.ds(m0, c.block_m), columns], x_ring.at[slot], arrived
+            )
             rows = pl.ds(n0, cta_rows)
             source = (
                 weight_ref.at[pl.ds(n0 // ROWS, c.warpgroups), pl.ds(block, c.blocks)]
                 if in_registers
-                else weight_ref.at[rows, pl.ds(block * COLUMNS, c.blocks * COLUMNS)]
+                else weight_ref.at[rows, columns]
             )
-            plgpu.copy_gmem_to_smem(source, ring.at[slot], loaded.at[slot])
-            if not per_block:
-                groups = pl.ds(block * (COLUMNS // group_size), per_step) if grouped else None
-                for ref, smem in zip(grouped_refs, grouped_ring, strict=True):
-                    plgpu.copy_gmem_to_smem(ref.at[groups, rows], smem.at[slot], loaded.at[slot])
-
-        def fetch_tokens(i):
-            slot = lax.rem(i, c.stages)
-            block = (split * steps + i) * c.blocks
-            tokens = pl.ds(m0, c.block_m)
-            columns = pl.ds(block * COLUMNS, c.blocks * COLUMNS)
-            plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_ring.at[slot], loaded.at[slot])
-            if per_block:
-                for b in range(c.blocks):  # each has to lie at a multiple of 128 bytes
-                    source = grouped_refs[0].at[block + b, tokens]
-                    target = grouped_ring[0].at[slot, b, pl.ds(0, c.block_m)]
-                    plgpu.copy_gmem_to_smem(source, target, loaded.at[slot])
+            plgpu.copy_gmem_to_smem(source, ring.at[slot], arrived)
+            for ref, smem in zip(grouped_refs, grouped_ring, strict=True):
+                if per_block:  # one by one: each has to lie at a multiple of 128 bytes
+                    for b in range(c.blocks):
+                        source = ref.at[block + b, pl.ds(m0, c.block_m)]
+                        target = smem.at[slot, b, pl.ds(0, c.block_m)]
+                        plgpu.copy_gmem_to_smem(source, target, arrived)
+                else:
+                    groups = pl.ds(block * (COLUMNS // group_size), per_step)
+                    plgpu.copy_gmem_to_smem(ref.at[groups, rows], smem.at[slot], arrived)
 
         def release(i):
             """This warpgroup has left step i; the first one refills its slot once all have."""
@@ -132,8 +130,7 @@ def batch_matmul(
             @pl.when((wg == 0) & (i + c.stages < steps))
             def _():
                 plgpu.barrier_wait(left.at[slot])
-                fetch_weight(i + c.stages)
-                fetch_tokens(i + c.stages)
+                fetch(i + c.stages)
 
         def sum_in_registers():
             def step(i, acc):
@@ -210,25 +207,16 @@ def batch_matmul(
             plgpu.barrier_wait(scales_ready)
             return lax.fori_loop(0, steps, step, mosaic.zero_sums(c.block_m))
 
-        mosaic.let_next_kernel_start(interpret)
-
-        @pl.when(wg == 0)
-        def _():
-            if per_block:
-                blocks = pl.ds(n0 // COLUMNS, block_smem.shape[0])
-                plgpu.copy_gmem_to_smem(row_ref.at[blocks], block_smem, scales_ready)
-            for i in range(min(c.stages, steps)):
-                fetch_weight(jnp.int32(i))
-
-        mosaic.wait_for_last_kernel(interpret)
-
         @pl.when(wg == 0)
         def _():
             if per_token:
                 tokens = pl.ds(m0, c.block_m)
                 plgpu.copy_gmem_to_smem(token_ref.at[tokens], token_smem, scales_ready)
+            if per_block:
+                blocks = pl.ds(n0 // COLUMNS, block_smem.shape[0])
+                plgpu.copy_gmem_to_smem(row_ref.at[blocks], block_smem, scales_ready)
             for i in range(min(c.stages, steps)):
-                fetch_tokens(jnp.int32(i))
+                fetch(jnp.int32(i))
 
         if per_block:
             total = sum_of_blocks()

@@ -118,8 +118,6 @@ def decode_attention(
         values_ready,
         *narrow,
     ):
-        mosaic.let_next_kernel_start(interpret)
-        mosaic.wait_for_last_kernel(interpret)
         # What TMA fills; of a float8 cache, not what is multiplied.
         keys_loaded, values_loaded = narrow or (keys_smem, values_smem)
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))

@@ -241,17 +241,8 @@ def decode_matmul(
                 rows, columns = pl.ds(split * 0, c.block_m), pl.ds(tile * ROWS, ROWS)
                 plgpu.copy_smem_to_gmem(out_smem.at[leader], out_ref.at[split, rows, columns])
 
-        mosaic.let_next_kernel_start(interpret)
-        for s in range(c.stages):
-
-            @pl.when(s < total)
-            def _(s=s):
-                fetch(jnp.int32(s))
-
-        mosaic.wait_for_last_kernel(interpret)
-
         @pl.when(wg == 0)
-        def _():  # The tokens in the order of their use.
+        def _():  # The tokens first, in the order of their use: the weights can wait for them.
             rows = pl.ds(split * 0, c.block_m)
             if per_token:
                 plgpu.copy_gmem_to_smem(token_ref.at[rows], token_smem, tokens_ready)
@@ -260,6 +251,12 @@ def decode_matmul(
                 plgpu.copy_gmem_to_smem(
                     x_ref.at[rows, columns], x_smem.at[piece], x_ready.at[piece]
                 )
+
+        for s in range(c.stages):
+
+            @pl.when(s < total)
+            def _(s=s):
+                fetch(jnp.int32(s))
 
         if per_token:
             plgpu.barrier_wait(tokens_ready)

@@ -28,22 +28,6 @@ COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantic
 SHARED_MEMORY = 232448 - 2048
 
 
-def let_next_kernel_start(interpret: bool) -> None:
-    """Programmatic dependent launch: the kernel behind this one may take what room there is.
-
-    It is set up, and its weights are on their way, while this one ends: two microseconds between
-    kernels become one. It must itself `wait_for_last_kernel`, in every thread.
-    """
-    if not interpret:
-        plgpu.griddepcontrol_launch_dependents()
-
-
-def wait_for_last_kernel(interpret: bool) -> None:
-    """Before this nothing may be read but weights, and nothing written to global memory."""
-    if not interpret:
-        plgpu.griddepcontrol_wait()
-
-
 def k_major(
     columns: int, dtype: jnp.dtype
 ) -> tuple[plgpu.TilingTransform | plgpu.SwizzleTransform, ...]:

@@ -74,21 +74,27 @@ def round_weights(params: nnx.State) -> nnx.State:
     return jax.tree_util.tree_map_with_path(stored, params)
 
 
+class Dropped:
+    """A Linear of whose results elements are dropped at random. Lives within one loss."""
+
+    input_codes = None
+
+    def __init__(self, dense: Any, rate: float, key: jax.Array) -> None:
+        self.dense, self.rate, self.key = dense, rate, key
+
+    def addends(self, x: jax.Array) -> jax.Array:
+        """As `Dense.addends`."""
+        out = self.dense(x)
+        keep = jax.random.bernoulli(self.key, 1 - self.rate, out.shape)
+        return jnp.where(keep, out / (1 - self.rate), 0).astype(out.dtype)[None]
+
+
 def add_dropout(model: Llama, rate: float, key: jax.Array) -> None:
     """Drop, at random, elements of what each attention and MLP adds to the residual stream."""
-
-    def dropped(layer: nnx.Module, key: jax.Array) -> Any:
-        def call(x: jax.Array) -> jax.Array:
-            out = layer(x)
-            keep = jax.random.bernoulli(key, 1 - rate, out.shape)
-            return jnp.where(keep, out / (1 - rate), 0).astype(out.dtype)
-
-        return call
-
     keys = jax.random.split(key, (len(model.layers), 2))
     for layer, (first, second) in zip(model.layers, keys, strict=True):
-        layer.self_attn.o_proj = dropped(layer.self_attn.o_proj, first)
-        layer.mlp.down_proj = dropped(layer.mlp.down_proj, second)
+        layer.self_attn.o_proj = Dropped(layer.self_attn.o_proj, rate, first)
+        layer.mlp.down_proj = Dropped(layer.mlp.down_proj, rate, second)
 
 
 def mean_loss(model: Llama, tokens: jax.Array) -> jax.Array:
