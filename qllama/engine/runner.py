@@ -41,6 +41,10 @@ from qllama.parallel.placement import cache_sharding, partition_specs
 
 PROMPT_LOGPROBS_BLOCK = 64  # positions whose logits exist at a time
 
+# Small sums over GPUs in one kernel of XLA's own, not NCCL's: 64 dependent psums of [1, 8192] took
+# 20.7 us each in place of 25.3 on two H100s, of [64, 8192] 26.2 in place of 27.3 (jax 0.11.2).
+ONE_SHOT_SUMS = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True}
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -382,8 +386,16 @@ class Runner:
         if key not in self.programs:
             jitted = self._jit(functools.partial(function, **static), arguments, donate, over)
             with self.on_compile(name):
-                self.programs[key] = jitted.lower(*arguments).compile()
+                self.programs[key] = jitted.lower(*arguments).compile(
+                    compiler_options=self._options(name)
+                )
         return self.programs[key](*arguments)
+
+    def _options(self, name: str) -> dict[str, bool] | None:
+        """What XLA is told of a program: decoding sums little and often."""
+        devices = self.mesh.devices
+        sums = name == "decode" and devices.size > 1 and devices.flat[0].platform == "gpu"
+        return ONE_SHOT_SUMS if sums else None
 
     def _jit(
         self,
