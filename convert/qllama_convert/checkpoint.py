@@ -13,7 +13,7 @@ import numpy as np
 
 from qllama.errors import CheckpointError
 from qllama_convert.files import first_few, read_json
-from qllama_convert.orbax_arrays import OrbaxArrays
+from qllama_convert.orbax_arrays import OrbaxArray, OrbaxArrays
 from qllama_convert.safetensors_file import SafetensorsFile, data_size
 from qllama_convert.weight_files import ORBAX, find_weight_files
 
@@ -88,12 +88,19 @@ class Checkpoint:
             CheckpointError: there is no such tensor, or numpy cannot hold its dtype.
             ValueError: the checkpoint is closed.
         """
-        if name not in self.tensors:
-            raise CheckpointError(
-                f"{self.folder}: tensor {name} is missing; the weight files hold "
-                f"{len(self.tensors)} others"
-            )
-        array = self._files[self.tensors[name].file].read(name)
+        array = self._file_of(name).read(name)
+        self._read.add(name)
+        return array
+
+    def view(self, name: str) -> np.ndarray | OrbaxArray:
+        """As `read`, but only the parts that indexing takes of it are read, when numpy needs them.
+
+        Raises:
+            CheckpointError: there is no such tensor, or numpy cannot hold its dtype. Asking for
+                values raises it too, where files are damaged.
+            ValueError: the checkpoint is closed.
+        """
+        array = self._file_of(name).view(name)
         self._read.add(name)
         return array
 
@@ -121,6 +128,14 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _file_of(self, name: str) -> SafetensorsFile | OrbaxArrays:
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is missing; the weight files hold "
+                f"{len(self.tensors)} others"
+            )
+        return self._files[self.tensors[name].file]
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         absent = [

@@ -18,7 +18,6 @@ from qllama_convert.module_tensors import ModuleTensors
 from qllama_convert.names import LM_HEAD, attention_paths, is_derived, linear_shapes, module_shapes
 from qllama_convert.quantization_config import parse_quantization
 
-
 _PIECE = 1 << 24  # bytes that one thread hashes at a time
 
 

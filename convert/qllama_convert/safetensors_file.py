@@ -114,6 +114,8 @@ class SafetensorsFile:
             )
         return self._data[start:stop].view(DTYPES[dtype]).reshape(shape)
 
+    view = read  # as for other containers: what indexing does not take is not read
+
     def close(self) -> None:
         """Let go of the file; it is unmapped when the last view of it is gone."""
         self._data = None
