@@ -388,7 +388,7 @@ def test_a_disk_that_is_full(small: Path, tmp_path: Path) -> None:
         sys.path[:0] = sys.argv[3:]
         import test_native
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         try:
             test_native.to_native(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[1]))
         except OSError as error:
