@@ -49,10 +49,13 @@ class Checkpoint:
         tensors: what the weight files hold, sorted by name.
         metadata: of each weight file, by its name.
         warnings: what `warn` was told, each message once.
+        headers_only: whether some weight files have no more than their headers in the folder, so
+            that their tensors cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
         self.folder = folder
+        self.headers_only = bool(sizes)
         self.warnings: list[str] = []
         self.config = _read_config(folder)
         generation_config = folder / "generation_config.json"
@@ -69,7 +72,9 @@ class Checkpoint:
         if weights.doubt is not None:
             self.warn(weights.doubt)
         self._files = {
-            name: OrbaxArrays(folder / name) if name == ORBAX else SafetensorsFile(folder / name)
+            name: OrbaxArrays(folder / name)
+            if name == ORBAX
+            else SafetensorsFile(folder / name, (sizes or {}).get(name))
             for name in weights.names
         }
         self.tensors: Mapping[str, TensorInfo] = _merge(folder, self._files)
@@ -166,17 +171,22 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, sizes: Mapping[str, int] | None = None) -> Checkpoint:
     """Open a checkpoint folder: read its JSON files and the headers of its weight files.
 
     `weight_files.find_weight_files` says which those are; `consolidated*` and subfolders are left
     alone.
 
+    Args:
+        folder: where it is.
+        sizes: bytes of those weight files, by name, of which only the header is there: all about
+            them is known and checked as ever, but no tensor can be read.
+
     Raises:
         CheckpointError: the folder, `config.json`, another JSON file, the index or a weight file
             is missing, unreadable or contradicts itself.
     """
-    return Checkpoint(Path(folder))
+    return Checkpoint(Path(folder), sizes)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
