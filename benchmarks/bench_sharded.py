@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from qllama_convert.checkpoint import Checkpoint, TensorInfo
+from qllama_convert.orbax_arrays import OrbaxArray
 
 FIRST = "model.layers.0."
 
@@ -61,6 +62,11 @@ class RepeatedCheckpoint(Checkpoint):
 
     def read(self, name: str) -> np.ndarray:
         array = super().read(_original(name))
+        self.ignore(name)
+        return array
+
+    def view(self, name: str) -> np.ndarray | OrbaxArray:
+        array = super().view(_original(name))
         self.ignore(name)
         return array
 

@@ -96,7 +96,8 @@ class LLM:
                 rounds nowhere.
             kv_cache_dtype: "auto" (float8 where the checkpoint's `kv_cache_scheme` says so, else
                 the compute dtype), "fp8" (with the checkpoint's scales if it has any) or a dtype.
-            backend: of the quantized products: "auto", "xla", "reference" or "pallas".
+            backend: of quantized products and what lies between them: "auto", "xla", "reference" or
+                "pallas".
             activation_semantics: "vllm", or "compressed-tensors" to reproduce the fake
                 quantization of that library.
             speculative: reserved.

@@ -8,6 +8,7 @@ import hashlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,8 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
     headers: list[Mapping[str, str]] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)  # file -> bytes of its content
+    knows_ranges: bool = True
     needs_token: bool = False
     cuts: dict[str, list[int]] = field(default_factory=dict)  # file -> bytes sent before each cut
     slow: dict[str, float] = field(default_factory=dict)  # file -> seconds before every MiB
@@ -142,16 +145,18 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _file(self, name: str, data: bytes, commit: str) -> None:
-        start = 0
-        if asked := self.headers.get("Range"):
+        start, stop = 0, len(data)
+        asked = self.headers.get("Range") if self.state.knows_ranges else None
+        if asked:
             self.state.ranges.append(asked)
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last or stop) + 1, stop)
         self.send_response(206 if asked else 200)
         self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)
-        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("Content-Length", str(stop - start))
         if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -160,9 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[start : start + cuts.pop(0)])
             self.close_connection = True
         else:
-            for i in range(start, len(data), 1 << 20):
+            for i in range(start, stop, 1 << 20):
                 time.sleep(self.state.slow.get(name, 0))
-                self.wfile.write(data[i : i + (1 << 20)])
+                piece = data[i : min(i + (1 << 20), stop)]
+                self.wfile.write(piece)
+                self.state.sent[name] += len(piece)
 
     def _json(self, value: Any) -> None:
         body = json.dumps(value).encode()

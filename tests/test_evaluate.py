@@ -55,6 +55,25 @@ def nlls(log_probs: Float64, ids: np.ndarray) -> Float64:
     return -np.take_along_axis(log_probs[..., :-1, :], ids[..., 1:, None], axis=-1)[..., 0]
 
 
+@pytest.mark.parametrize(("size_a", "size_b"), [(1, 2), (2, 1), (2, 4)])
+def test_models_on_different_meshes(
+    size_a: int, size_b: int, tiny_llama3: Callable[[str], Path], text: str
+) -> None:
+    # Weights only: rounded inputs would flip, and the figures move with them.
+    folders = tiny_llama3("ct_w4a16_g128"), tiny_llama3("bf16_original")
+    expected = vars(qllama.compare(*folders, text, window=WINDOW, limit=3))
+    with (
+        LLM(folders[0], tensor_parallel_size=size_a) as a,
+        LLM(folders[1], tensor_parallel_size=size_b) as b,
+    ):
+        found = vars(qllama.compare(a, b, text, window=WINDOW, limit=3))
+        remembered = remember(a, text, window=WINDOW, limit=3)
+        assert vars(compare_with(remembered, b, text)) == found
+    for name, value in expected.items():
+        near = value if isinstance(value, str | int) else pytest.approx(value, rel=1e-3)
+        assert found[name] == near, name
+
+
 # -- perplexity ------------------------------------------------------------------------------------
 
 

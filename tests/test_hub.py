@@ -341,6 +341,112 @@ def test_an_impossible_id(hub: Hub, ask: Ask) -> None:
     assert hub.requests == []
 
 
+# Looked into, not downloaded.
+
+
+@pytest.fixture
+def inspect(hub: Hub, tmp_path: Path) -> Callable[..., tuple[Any, str]]:
+    """`qllama inspect MODEL`: its JSON, or text where it is refused, and stderr."""
+
+    def inspect(*arguments: str, env: dict[str, str] | None = None) -> tuple[Any, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "qllama", "inspect", MODEL, *arguments],
+            env=environment(hub, tmp_path) | (env or {}),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode in (0, 2), done.stderr
+        return json.loads(done.stdout) if "--json" in arguments and done.stdout else done.stdout, (
+            done.stderr
+        )
+
+    return inspect
+
+
+LOOKED_AT = {"folder", "headers_only", "anomalies"}
+
+
+@pytest.mark.parametrize("kind", ["gptq_w4_g128_desc_act", "ct_fp8_static_kv_fp8", "bf16_original"])
+def test_only_headers_are_fetched(
+    kind: str,
+    hub: Hub,
+    inspect: Callable[..., tuple[Any, str]],
+    ask: Ask,
+    tiny_llama3: Callable[[str], Path],
+) -> None:
+    hub.files.clear()
+    hub.files.update({p.name: p.read_bytes() for p in tiny_llama3(kind).iterdir() if p.is_file()})
+    hub.files.pop("expected.safetensors")
+    weights = "model.safetensors"
+    remote, stderr = inspect("--json")
+    assert stderr == ""
+    assert (remote["folder"], remote["headers_only"]) == (MODEL, True)
+    assert "tokenizer.json" not in hub.downloaded()
+    assert hub.sent[weights] == 100_000 < len(hub.files[weights]) / 10
+    notice = "it is not downloaded: scales were not looked at"
+    assert any(text.startswith(notice) for text in remote["anomalies"])
+    ask(MODEL)  # downloads it
+    whole, _ = inspect("--json")
+    assert (Path(whole["folder"]).is_dir(), whole["headers_only"]) == (True, False)
+    assert {k: v for k, v in remote.items() if k not in LOOKED_AT} == {
+        k: v for k, v in whole.items() if k not in LOOKED_AT
+    }
+    left = [text for text in remote["anomalies"] if not text.startswith(notice)]
+    assert left == whole["anomalies"]
+    hub.requests.clear()
+    assert inspect("--json", env=OFFLINE)[0] == whole
+    assert hub.requests == []
+
+
+def test_the_copy_with_weights_stays_in_use(
+    hub: Hub, inspect: Callable[..., tuple[Any, str]], ask: Ask
+) -> None:
+    hub.files.clear()
+    hub.files.update(contents(demo.model_path()))
+    complete = ask(MODEL).folder
+    hub.files["model.safetensors"] += b" " * 8
+    text, stderr = inspect()
+    assert stderr.startswith(f"error: {MODEL}/model.safetensors: corrupt safetensors file: the ten")
+    assert "but 8 more bytes follow" in stderr
+    assert text == ""
+    assert ask(MODEL, env=OFFLINE).folder == complete
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_a_long_header(
+    knows_ranges: bool, hub: Hub, inspect: Callable[..., tuple[Any, str]]
+) -> None:
+    hub.knows_ranges = knows_ranges
+    hub.files.clear()
+    hub.files.update(contents(demo.model_path()))
+    data = hub.files["model.safetensors"]
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" " * (1 << 18)
+    hub.files["model.safetensors"] = len(header).to_bytes(8, "little") + header + data[8 + length :]
+    text, stderr = inspect()
+    assert stderr == ""
+    assert text.startswith(f"{MODEL}\nLlama, ")
+    assert "it is not downloaded: scales were not looked at" in text
+    if knows_ranges:
+        assert hub.ranges == ["bytes=0-99999", f"bytes=0-{len(header) + 7}"]
+
+
+def test_inspections_that_are_refused(
+    hub: Hub, inspect: Callable[..., tuple[Any, str]], tmp_path: Path
+) -> None:
+    hub.needs_token = True
+    assert f"no such folder here and no such model on {hub.endpoint}" in inspect()[1]
+    assert f"there is no copy in {tmp_path / 'home' / 'hub'}, and" in inspect(env=OFFLINE)[1]
+    hub.needs_token = False
+    assert "'gone': " in inspect("--revision", "gone")[1]
+    _, stderr = inspect()  # of files that are no checkpoint
+    assert stderr.startswith(f"error: {MODEL}")
+    assert str(tmp_path) not in stderr
+    assert stderr.count("\n") == 1
+
+
 # From the outside.
 
 

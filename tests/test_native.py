@@ -1,29 +1,34 @@
 """The native form: every kind of weight as it is, kept by orbax."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_scripts
 import jax
 import numpy as np
 import pytest
 import small_checkpoints
 from drafts import LINEAR, Draft, parse
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from qllama_convert import orbax_arrays
 from qllama_convert.checkpoint import open_checkpoint
 from qllama_convert.export import export_checkpoint
 from qllama_convert.formats import native
 from qllama_convert.kv_scales import read_kv_scales
-from qllama_convert.linear import read_linear
-from qllama_convert.names import attention_paths, linear_shapes
-from qllama_convert.orbax_arrays import OrbaxArrays, write_orbax
+from qllama_convert.layers import part_of_linear, read_layers
+from qllama_convert.linear import open_embedding, read_linear
+from qllama_convert.names import EMBED_TOKENS, attention_paths, embedding_shape, linear_shapes
+from qllama_convert.orbax_arrays import OrbaxArray, OrbaxArrays, write_orbax
 from qllama_convert.quantization_config import parse_quantization
 from qllama_convert.read_back import read_fingerprints
 
@@ -33,6 +38,17 @@ from qllama.llm import LLM
 from qllama.quantization.scheme import PRESETS, ActivationScheme, QuantScheme
 
 IDS = np.arange(1, 33)
+
+# 8 heads over 4 key-value heads; the vocabulary does not divide by 4.
+SHAPE = {
+    "head_dim": 64,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+    "vocab_size": 998,
+}
 
 
 def to_native(out: Path, folder: Path) -> Path:
@@ -120,6 +136,134 @@ def test_orbax_restores_it_onto_any_sharding(
     assert codes.sharding == split
     with open_checkpoint(out) as checkpoint:
         assert np.array_equal(codes, checkpoint.read(name))
+
+
+# Onto several devices, each part read by itself.
+
+
+@pytest.fixture(scope="module")
+def in_chunks(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str], Path]:
+    """The native form of a wide checkpoint, in chunks as small for it as usual ones for a Llama."""
+    make = bench_scripts.load("make_checkpoint").random_checkpoint
+    folder = tmp_path_factory.mktemp("chunks")
+
+    @functools.cache
+    def native(scheme: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(orbax_arrays, "_CHUNK_BYTES", 1 << 12)
+            return to_native(
+                folder / f"{scheme}-native", make(folder / scheme, shape=SHAPE, scheme=scheme)
+            )
+
+    return native
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "W4A16_ASYM", "gptq-desc-act", "FP8_DYNAMIC"])
+def test_any_mesh_gives_what_one_device_gives(
+    scheme: str, in_chunks: Callable[[str], Path]
+) -> None:
+    folder = in_chunks(scheme)
+    settings = {"dtype": "float32", "activation_semantics": "compressed-tensors"}
+    with LLM(folder, **settings) as llm:
+        expected = llm.logits(IDS)
+    for replicas, size in ((1, 2), (1, 4), (2, 2)):
+        with LLM(folder, tensor_parallel_size=size, data_parallel_size=replicas, **settings) as llm:
+            assert dict(llm.mesh.shape) == {"data": replicas, "model": size}
+            found = llm.logits(IDS)
+        bound = 1e-5 if scheme != "FP8_DYNAMIC" else 1e-2  # a rounding that flips spreads
+        assert np.abs(found - expected).max() < bound * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_ASYM", "gptq-desc-act"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_part_is_read_without_the_rest(
+    scheme: str, size: int, in_chunks: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_chunks(scheme)
+    asked: list[tuple[str, int]] = []
+    read = OrbaxArray.__array__
+
+    def counted(self: OrbaxArray, *args: Any, **kwargs: Any) -> np.ndarray:
+        array = read(self, *args, **kwargs)
+        asked.append((self.name, array.nbytes))
+        return array
+
+    monkeypatch.setattr(OrbaxArray, "__array__", counted)
+    with open_checkpoint(folder) as checkpoint:
+        llama = LlamaConfig.from_hf(checkpoint.config)
+        quantization = parse_quantization(checkpoint, linear_shapes(llama))
+        table = open_embedding(checkpoint, embedding_shape(llama))
+        before = bytes_from_files()
+        for linears in read_layers(checkpoint, llama, quantization, ranks=[1], size=size):
+            assert len(linears) in (1, 3)
+        table.read(part_of_linear(llama, EMBED_TOKENS, table, 1, size))
+        from_files = bytes_from_files() - before
+        whole = {name: info.nbytes for name, info in checkpoint.tensors.items()}
+    read_of = Counter[str]()
+    for name, nbytes in asked:
+        read_of[name] += nbytes
+    shared = (".g_idx",)  # says where the columns of any part are
+    if scheme == "gptq-desc-act":
+        shared += ("o_proj.scales",)  # whose columns cannot be sorted
+    for name, nbytes in read_of.items():
+        if not name.endswith(shared):
+            # Of 998 rows of the vocabulary, pieces have 256 or 512; two 4-bit codes are in a byte,
+            # and one of them may be a neighbour's where columns are sorted.
+            twice = scheme == "gptq-desc-act" and name.endswith("down_proj.codes")
+            assert nbytes <= 1.03 * (2 if twice else 1) * whole[name] / size, name
+    assert {"model.embed_tokens.weight", f"{UP}.codes"} <= read_of.keys()
+    if scheme == "W4A16_ASYM":  # elsewhere rows in another order are spread over all chunks
+        assert from_files < 1.15 * sum(read_of.values())
+
+
+def bytes_from_files() -> int:
+    """That this process has read so far, from disks or their cache."""
+    if not Path("/proc/self/io").exists():
+        pytest.skip("the system does not tell what a process reads")
+    counters = Path("/proc/self/io").read_text().split()
+    return int(counters[counters.index("rchar:") + 1])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        np.s_[3:7],
+        np.s_[2:40, 1:5],
+        np.s_[30:64],
+        np.s_[:, np.array([4, 0, 4])],
+        (np.array([5, 1]), slice(2, 4)),
+    ],
+)
+def test_parts_of_arrays(index: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orbax_arrays, "_CHUNK_BYTES", 64)
+    whole = np.arange(20 * 8, dtype=np.int16).reshape(20, 8)
+    write_orbax(tmp_path / "a", [("x", whole), ("y", whole[0, 0])])
+    stored = OrbaxArrays(tmp_path / "a")
+    np.testing.assert_array_equal(stored.read("x"), whole)
+    np.testing.assert_array_equal(stored.read("y"), whole[0, 0])
+    part = stored.view("x")[index]
+    expected = whole[index]
+    assert (part.shape, part.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_array_equal(part, expected)
+    np.testing.assert_array_equal(part[1:2], expected[1:2])  # counted from the part's start
+
+
+def test_a_bad_value_is_told_with_its_part(
+    in_chunks: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = in_chunks("W4A16_ASYM")
+    arrays = OrbaxArrays(source / "model.orbax")
+    tensors = {name: arrays.read(name) for name in arrays.tensors}
+    scales = tensors[f"{UP}.scales"].copy()
+    scales[700, 1] = np.inf
+    folder = tmp_path / "out"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.orbax"))
+    write_orbax(folder / "model.orbax", (tensors | {f"{UP}.scales": scales}).items())
+    where = r"at \[188, 1\]: inf \(in the part of rows 512 to 1023 and columns 0 to 511, where"
+    with pytest.raises(CheckpointError, match=where):
+        LLM(folder, tensor_parallel_size=2)
 
 
 # What is wrong with it.
@@ -244,7 +388,7 @@ def test_a_disk_that_is_full(small: Path, tmp_path: Path) -> None:
         sys.path[:0] = sys.argv[3:]
         import test_native
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         try:
             test_native.to_native(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[1]))
         except OSError as error:

@@ -344,7 +344,7 @@ def test_partial_products_of_quantized_inputs(
         return RowParallel(make_dense(mine, dtype=jnp.float32, backend=backend), bias)
 
     bias = jnp.arange(n, dtype=jnp.float32)
-    layer = place(of_device, mesh)
+    (layer,) = place(range(mesh.size), of_device, [mesh])
     product = jax.shard_map(
         lambda layer, x: layer(x),
         mesh=mesh,

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,19 @@ PATIENCE = 100  # seconds: several processes compile at once on few cores
 class Processes:
     """`qllama generate` in `count` processes, each with its own devices and output files."""
 
-    def __init__(self, count: int, folder: Path, arguments: list[str], devices: int = 1) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+    def __init__(
+        self,
+        count: int,
+        folder: Path,
+        arguments: list[str],
+        devices: int = 1,
+        only: int | None = None,
+        port: int | None = None,
+    ) -> None:
+        if port is None:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+        self.port = port
         paths = os.pathsep.join(str(ROOT / path) for path in ("", "kernels", "convert"))
         environment = os.environ | {
             "PYTHONPATH": paths,
@@ -36,7 +47,7 @@ class Processes:
         }
         self.folder = folder
         self.running = []
-        for i in range(count):
+        for i in range(count) if only is None else [only]:
             command = [
                 sys.executable,
                 "-m",
@@ -64,9 +75,14 @@ class Processes:
 
 @contextmanager
 def started(
-    count: int, folder: Path, arguments: list[str], devices: int = 1
+    count: int,
+    folder: Path,
+    arguments: list[str],
+    devices: int = 1,
+    only: int | None = None,
+    port: int | None = None,
 ) -> Iterator[Processes]:
-    processes = Processes(count, folder, arguments, devices)
+    processes = Processes(count, folder, arguments, devices, only, port)
     try:
         yield processes
     finally:
@@ -117,8 +133,70 @@ def test_four_devices_in_processes_are_four_devices(
 
 
 @pytest.mark.parametrize(
+    ("process_id", "message"),
+    [
+        (0, "this is process 0 of 2, and some of the others have not come to 127.0.0.1:"),
+        (1, "nobody answers at the coordinator 127.0.0.1:"),
+    ],
+)
+def test_a_process_that_never_starts(process_id: int, message: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    arguments = ["-p", PROMPT, "--initialization-timeout", "1.5"]
+    with started(2, tmp_path, arguments, only=process_id) as processes:
+        assert processes.wait(0) == 1
+        last = processes.err(process_id).splitlines()
+        assert time.monotonic() - began < PATIENCE / 2
+        assert len(last) == 1
+        assert last[0].startswith("error: after 1.5 s not all processes of this run are there: ")
+        assert message in last[0]
+
+
+def test_one_of_three_that_never_starts(tmp_path: Path) -> None:
+    arguments = ["-p", PROMPT, "--initialization-timeout"]
+    with started(3, tmp_path, [*arguments, "60"], only=0) as first:
+        until = time.monotonic() + PATIENCE
+        while not answers(first.port) and time.monotonic() < until:
+            time.sleep(0.1)
+        with started(3, tmp_path, [*arguments, "2"], only=1, port=first.port) as second:
+            assert second.wait(0) == 1
+            assert f"process 0 answers at 127.0.0.1:{first.port}, but others" in second.err(1)
+
+
+def test_from_python_it_is_an_exception(tmp_path: Path) -> None:
+    script = """
+        from qllama.parallel.processes import join
+        try:
+            join("127.0.0.1:9", 2, 1, initialization_timeout=0.5)
+        except TimeoutError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert "nobody answers at the coordinator 127.0.0.1:9 (Connection refused)" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--initialization-timeout 3", "--initialization-timeout is for a run of several"),
+        (
+            "--coordinator a:1 --num-processes 2 --process-id 0 --initialization-timeout 0",
+            "initialization_timeout=0.0 must be above 0",
+        ),
         ("--coordinator a:1", "--num-processes and --process-id missing"),
         ("--coordinator a --num-processes 2 --process-id 0", "coordinator='a' must be HOST:PORT"),
         ("--coordinator a:1 --num-processes 0 --process-id 0", "num_processes=0 must be at least"),

@@ -12,15 +12,15 @@ from qllama.parallel.mesh import make_mesh, replicas
 from qllama.parallel.sharding import (
     Part,
     check_split,
-    in_group_order,
+    group_order,
     kv_heads,
     local_config,
     part_of,
+    rows_move,
     shard_bias,
     shard_kv_scales,
     shard_weight,
     split_kind,
-    take_rows,
 )
 from qllama.quantization.qtensor import QTensor
 from qllama.quantization.rtn import quantize_rtn
@@ -105,32 +105,39 @@ def test_a_part_dequantizes_to_that_part_of_the_whole(scheme: str, kind: str) ->
         part = Part(half, slice(0, 512)) if kind == "rows" else Part(slice(0, 256), half)
         mine = shard_weight(whole, part)
         np.testing.assert_array_equal(mine.dequantize(), expected[part.rows, part.columns])
-        if not (act_order and kind == "columns"):  # that one keeps the scales of all groups
-            mine.validate()
+        mine.validate()
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
 def test_columns_sorted_by_their_groups(scheme: str) -> None:
     weight = quantized(scheme, (64, 512), act_order=True)
-    found = in_group_order(weight)
-    assert found is not None
-    ordered, order = found
-    ordered.validate()
-    np.testing.assert_array_equal(ordered.dequantize(), np.asarray(weight.dequantize())[:, order])
-    assert in_group_order(ordered) is None
+    order = group_order(weight)
+    assert order is not None
+    expected = np.asarray(weight.dequantize())[:, order]
+    for columns in (slice(0, 512), slice(128, 384)):
+        part = shard_weight(weight, Part(slice(0, 64), columns, column_order=order))
+        part.validate()
+        assert group_order(part) is None
+        np.testing.assert_array_equal(part.dequantize(), expected[:, columns])
     uneven = np.minimum(weight.g_idx, 2)
-    assert in_group_order(replace(weight, g_idx=uneven)) is None
+    assert group_order(replace(weight, g_idx=uneven)) is None
 
 
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_rows_in_another_order(scheme: str) -> None:
     weight = quantized(scheme, (256, 256))
     order = np.random.default_rng(0).permutation(256)
-    found = take_rows(weight, order)
-    if scheme == "FP8_BLOCK":
-        assert found is None
+    assert rows_move(weight) == (scheme != "FP8_BLOCK")
+    if not rows_move(weight):
         return
-    np.testing.assert_array_equal(found.dequantize(), np.asarray(weight.dequantize())[order])
+    expected = np.asarray(weight.dequantize())[order]
+    bias = random(256)
+    for rows in (slice(0, 256), slice(64, 128)):
+        part = Part(rows, slice(0, 256), row_order=order)
+        mine = shard_weight(weight, part)
+        mine.validate()
+        np.testing.assert_array_equal(mine.dequantize(), expected[rows])
+        np.testing.assert_array_equal(shard_bias(bias, part), bias[order][rows])
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8", "FP8_BLOCK"])

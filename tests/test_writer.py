@@ -1,6 +1,11 @@
 """Checkpoint folders as written: read by others, whole or not there."""
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -289,6 +294,125 @@ def test_a_full_disk(old: Path, tmp_path: Path) -> None:
     assert f"cannot write {old}: File too large; nothing there was changed" in done.stdout
     assert contents(old) == before
     assert list(tmp_path.iterdir()) == [old]
+
+
+STOPS = """
+    import os, pathlib, signal, sys
+    import numpy as np
+    from qllama_convert.writer import write_checkpoint
+
+    def tensors():
+        yield "0.weight", np.zeros(10_000, np.int8)
+        if sys.argv[2] == "writing":
+            stop()
+
+    def stop():
+        print("stopped", flush=True)
+        signal.pause()
+
+    if sys.argv[2] == "renaming":
+        rename = pathlib.Path.rename
+
+        def renamed(path, target):
+            result = rename(path, target)
+            if target.suffix == ".replaced":
+                stop()
+            return result
+
+        pathlib.Path.rename = renamed
+    write_checkpoint(sys.argv[1], config={}, tensors=tensors(), overwrite=True)
+"""
+
+
+@contextlib.contextmanager
+def stopped(out: Path, when: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that stands still while it writes a checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(STOPS), str(out), when],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "stopped\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def beside(out: Path) -> list[str]:
+    return sorted(path.suffix for path in out.parent.iterdir() if path.name.startswith(".out."))
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in (".out.partial", ".out.12345678.txt", ".other.12345678.partial"):
+        (tmp_path / name).mkdir()  # not ours
+    others = sorted(tmp_path.iterdir())
+    with stopped(out, "writing") as process:
+        write_checkpoint(out, config=CONFIG, tensors=TENSORS)
+        (left,) = tmp_path.glob(".out.????????.partial")  # not that of a living one
+        assert (left / "config.json").exists()
+        process.kill()
+    write_checkpoint(out, config=CONFIG, tensors=TENSORS, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == [*others, out]
+
+
+def test_killed_between_the_renames(old: Path) -> None:
+    """The old folder is kept until a new one is in place."""
+    before = contents(old)
+    with stopped(old, "renaming") as process:
+        assert beside(old) == [".partial", ".replaced"]
+        write_checkpoint(old, config=CONFIG, tensors=TENSORS)
+        assert beside(old) == [".partial", ".replaced"]
+        shutil.rmtree(old)
+        process.kill()
+    with pytest.raises(ValueError, match="no tensors"):
+        write_checkpoint(old, config=CONFIG, tensors=[])
+    (left,) = old.parent.iterdir()
+    assert left.suffix == ".replaced"
+    assert contents(left) == before
+    write_checkpoint(old, config=CONFIG, tensors=TENSORS)
+    assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+def test_file_systems_without_locks(
+    number: int, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing goes on, and what might be a living writer's stays."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    left = old.with_name(".out.12345678.partial")
+    left.mkdir()
+    write_checkpoint(old, config=CONFIG, tensors=TENSORS, overwrite=True)
+    assert open_checkpoint(old).tensors.keys() == TENSORS.keys()
+    assert sorted(old.parent.iterdir()) == [left, old]
+
+
+def test_a_folder_taken_for_a_leftover_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer looks just then; the folder is made anew under another name."""
+    flock, calls = fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (made,) = tmp_path.iterdir()
+            made.rmdir()
+        if len(calls) == 2:
+            raise BlockingIOError
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    out = write_checkpoint(tmp_path / "out", config=CONFIG, tensors=TENSORS)
+    assert open_checkpoint(out).tensors.keys() == TENSORS.keys()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

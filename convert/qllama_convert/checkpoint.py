@@ -13,7 +13,7 @@ import numpy as np
 
 from qllama.errors import CheckpointError
 from qllama_convert.files import first_few, read_json
-from qllama_convert.orbax_arrays import OrbaxArrays
+from qllama_convert.orbax_arrays import OrbaxArray, OrbaxArrays
 from qllama_convert.safetensors_file import SafetensorsFile, data_size
 from qllama_convert.weight_files import ORBAX, find_weight_files
 
@@ -49,10 +49,13 @@ class Checkpoint:
         tensors: what the weight files hold, sorted by name.
         metadata: of each weight file, by its name.
         warnings: what `warn` was told, each message once.
+        headers_only: whether some weight files have no more than their headers in the folder, so
+            that their tensors cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sizes: Mapping[str, int] | None = None) -> None:
         self.folder = folder
+        self.headers_only = bool(sizes)
         self.warnings: list[str] = []
         self.config = _read_config(folder)
         generation_config = folder / "generation_config.json"
@@ -69,7 +72,9 @@ class Checkpoint:
         if weights.doubt is not None:
             self.warn(weights.doubt)
         self._files = {
-            name: OrbaxArrays(folder / name) if name == ORBAX else SafetensorsFile(folder / name)
+            name: OrbaxArrays(folder / name)
+            if name == ORBAX
+            else SafetensorsFile(folder / name, (sizes or {}).get(name))
             for name in weights.names
         }
         self.tensors: Mapping[str, TensorInfo] = _merge(folder, self._files)
@@ -88,12 +93,19 @@ class Checkpoint:
             CheckpointError: there is no such tensor, or numpy cannot hold its dtype.
             ValueError: the checkpoint is closed.
         """
-        if name not in self.tensors:
-            raise CheckpointError(
-                f"{self.folder}: tensor {name} is missing; the weight files hold "
-                f"{len(self.tensors)} others"
-            )
-        array = self._files[self.tensors[name].file].read(name)
+        array = self._file_of(name).read(name)
+        self._read.add(name)
+        return array
+
+    def view(self, name: str) -> np.ndarray | OrbaxArray:
+        """As `read`, but only the parts that indexing takes of it are read, when numpy needs them.
+
+        Raises:
+            CheckpointError: there is no such tensor, or numpy cannot hold its dtype. Asking for
+                values raises it too, where files are damaged.
+            ValueError: the checkpoint is closed.
+        """
+        array = self._file_of(name).view(name)
         self._read.add(name)
         return array
 
@@ -121,6 +133,14 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _file_of(self, name: str) -> SafetensorsFile | OrbaxArrays:
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is missing; the weight files hold "
+                f"{len(self.tensors)} others"
+            )
+        return self._files[self.tensors[name].file]
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         absent = [
@@ -151,17 +171,22 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, sizes: Mapping[str, int] | None = None) -> Checkpoint:
     """Open a checkpoint folder: read its JSON files and the headers of its weight files.
 
     `weight_files.find_weight_files` says which those are; `consolidated*` and subfolders are left
     alone.
 
+    Args:
+        folder: where it is.
+        sizes: bytes of those weight files, by name, of which only the header is there: all about
+            them is known and checked as ever, but no tensor can be read.
+
     Raises:
         CheckpointError: the folder, `config.json`, another JSON file, the index or a weight file
             is missing, unreadable or contradicts itself.
     """
-    return Checkpoint(Path(folder))
+    return Checkpoint(Path(folder), sizes)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

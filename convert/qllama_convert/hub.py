@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,12 +60,26 @@ def resolve(
                 "leave it out"
             )
         return Path(model)
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+    if isinstance(model, Path) or not is_hub_id(model):
         raise CheckpointError(
             f"{model}: there is no such folder; expected a checkpoint folder, or a Hub id of the "
             "form OWNER/NAME"
         )
     return download(model, revision, files)
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether `resolve` would ask a hub: no folder, and of the form OWNER/NAME."""
+    return (
+        isinstance(model, str)
+        and not os.path.lexists(model)
+        and _HUB_ID.fullmatch(model) is not None
+    )
+
+
+def may_be_needed(file: str) -> bool:
+    """Whether a file of a Hub model is not in a folder, nor in Meta's own layout."""
+    return not any(fnmatch(file, pattern) for pattern in _NEVER)
 
 
 def list_dataset(name: str, revision: str | None = None) -> list[str]:
@@ -120,22 +135,32 @@ def download(name: str, revision: str | None, files: Sequence[str], *, kind: str
         own_version = version("qllama")
     except PackageNotFoundError:  # runs from its source folder
         own_version = None
+    with explained(name, revision, kind), _interruptible() as interrupted:
+        folder = snapshot_download(
+            name,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=list(files),
+            ignore_patterns=list(_NEVER) if kind == "model" else None,
+            library_name="qllama",
+            library_version=own_version,
+            tqdm_class=_progress_bars(interrupted),
+        )
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def explained(name: str, revision: str | None, kind: str = "model") -> Iterator[None]:
+    """Make whatever huggingface_hub raises in the block a `CheckpointError` of one line.
+
+    Its own errors, those of its network library, and OSError: all of them end the same way.
+    """
     try:
-        with _interruptible() as interrupted:
-            folder = snapshot_download(
-                name,
-                repo_type=kind,
-                revision=revision,
-                allow_patterns=list(files),
-                ignore_patterns=list(_NEVER) if kind == "model" else None,
-                library_name="qllama",
-                library_version=own_version,
-                tqdm_class=_progress_bars(interrupted),
-            )
-    # Its own errors, those of its network library, and OSError: all of them end the same way.
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{_named(name, revision)}: {_explain(error, kind)}") from error
-    return Path(folder)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from qllama.quantization.scheme import QuantScheme
 from qllama_convert.checkpoint import Checkpoint, CheckpointWarning, TensorInfo, open_checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.formats import LinearSpec
-from qllama_convert.formats.companions import is_reordered
-from qllama_convert.hub import resolve
-from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS, read_kv_scales
+from qllama_convert.formats.companions import is_reordered, stored_g_idx
+from qllama_convert.hub_headers import glance
+from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS, ignore_kv_scales, read_kv_scales
 from qllama_convert.names import (
     LM_HEAD,
     is_derived,
@@ -53,7 +53,8 @@ class ModuleSummary:
 class Inspection:
     """What `inspect` found in a checkpoint folder."""
 
-    folder: str
+    folder: str  # or the Hub id, where only headers were fetched
+    headers_only: bool  # a Hub id that is not downloaded: no values of its tensors were looked at
     config: LlamaConfig
     quant_method: str | None  # None: not quantized
     kv_cache_scheme: str | None  # None: the cache is in the model's dtype
@@ -100,16 +101,23 @@ def inspect(path: str | Path, *, revision: str | None = None) -> Inspection:
     tensors, only scales and group indices are read; the rest is for a load to find.
 
     Args:
-        path: the folder, or a Hub id, which is downloaded first.
+        path: the folder, or a Hub id. Of one that is not in the cache, only the JSON files and the
+            headers of the weight files are fetched, and no tensor is looked into.
         revision: branch, tag or commit of a Hub id; None: its main branch.
 
     Raises:
         CheckpointError: a file is missing or malformed, or the config asks for what is not run.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), glance(path, revision) as (folder, sizes, name):
         warnings.simplefilter("ignore", CheckpointWarning)  # they become anomalies
-        with open_checkpoint(resolve(path, revision)) as checkpoint:
-            return _inspect(checkpoint)
+        shown = str(folder) if name is None else name
+        try:
+            with open_checkpoint(folder, sizes=sizes) as checkpoint:
+                found = _inspect(checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(folder), shown)) from error
+        anomalies = tuple(text.replace(str(folder), shown) for text in found.anomalies)
+        return replace(found, folder=shown, anomalies=anomalies)
 
 
 def _inspect(checkpoint: Checkpoint) -> Inspection:
@@ -140,12 +148,13 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
     ignored = tuple(path for path in ignored if path in stored)
     anomalies = [
         *_of_the_whole(config, modules, specs, ignored, missing),
-        *_of_scales(checkpoint, stored),
+        *(_of_unread_values() if checkpoint.headers_only else _of_scales(checkpoint, stored)),
         *_of_the_cache(checkpoint, config, quantization),
         *_of_strangers(checkpoint, by_module),
     ]
     return Inspection(
         folder=str(checkpoint.folder),
+        headers_only=checkpoint.headers_only,
         config=config,
         quant_method=quantization.method if quantization else None,
         kv_cache_scheme=f"float8_e4m3fn per {kv_cache.strategy}" if kv_cache else None,
@@ -171,7 +180,10 @@ def _summary(
         scheme = tensors["weight"].dtype if "weight" in tensors else "unknown"
         in_memory = math.prod(shape) * float_size
     else:
-        act_order = is_reordered(checkpoint, path, spec.scheme, shape)
+        if checkpoint.headers_only:
+            act_order = spec.act_order and stored_g_idx(checkpoint, path) is not None
+        else:
+            act_order = is_reordered(checkpoint, path, spec.scheme, shape)
         scheme = spec.scheme.describe()
         in_memory = _quantized_bytes(spec.scheme, shape, tensors, act_order)
     return ModuleSummary(
@@ -243,6 +255,13 @@ def _of_the_whole(
         yield f"{count} modules are stored as {scheme}, config.json says {config.dtype}"
 
 
+def _of_unread_values() -> Iterator[str]:
+    yield (
+        "it is not downloaded: scales were not looked at, and activation order is what the config "
+        "says"
+    )
+
+
 def _of_scales(checkpoint: Checkpoint, paths: Collection[str]) -> Iterator[str]:
     """Scales that are zero, which blanks weights, or no scales at all, which no load accepts."""
     zero: list[str] = []
@@ -272,6 +291,9 @@ def _of_the_cache(
     found = 0
     for layer in range(config.num_hidden_layers):
         path = f"{layer_path(layer)}.self_attn"
+        if checkpoint.headers_only:
+            found += ignore_kv_scales(checkpoint, path)
+            continue
         try:
             k_scale, _ = read_kv_scales(checkpoint, quantization, path, config.num_key_value_heads)
         except CheckpointError as error:

@@ -85,6 +85,21 @@ def read_kv_scales(
     return one, one
 
 
+def ignore_kv_scales(checkpoint: Checkpoint, path: str) -> bool:
+    """Account for the tensors that `read_kv_scales` would read, without reading them.
+
+    Returns:
+        Whether there are scales.
+    """
+    scales = [spelling for pair in _SPELLINGS for spelling in pair]
+    found = False
+    for module, suffix in (*scales, *_NOT_NEEDED):
+        tensors = ModuleTensors(checkpoint, f"{path}{module}")
+        found |= (module, suffix) in scales and suffix in tensors
+        tensors.ignore(suffix)
+    return found
+
+
 def normal_kv_scales(
     given: Mapping[str, tuple[np.ndarray, np.ndarray]], llama: LlamaConfig
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:

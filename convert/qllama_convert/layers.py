@@ -1,16 +1,17 @@
-"""The Linears of decoder layers on the host, read ahead, sorted and stacked for a loader."""
+"""The Linears of decoder layers on the host: parts, read ahead, sorted and stacked for a loader."""
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
 
 from qllama.config import LlamaConfig
-from qllama.parallel.sharding import in_group_order, take_rows
+from qllama.parallel.sharding import Part, group_order, part_of, rows_move, split_kind
 from qllama.quantization.qtensor import QTensor, stack_rows
 from qllama_convert.checkpoint import Checkpoint
-from qllama_convert.linear import LinearWeights, check_bias, read_linear
+from qllama_convert.linear import LinearWeights, StoredLinear, check_bias, open_linear
 from qllama_convert.names import GATE_UP, QKV, layer_path, linear_shapes
 from qllama_convert.quantization_config import Quantization
 
@@ -28,16 +29,22 @@ def read_layers(
     config: LlamaConfig,
     quantization: Quantization | None,
     *,
-    reorder: bool = False,
+    ranks: Sequence[int] = (0,),
+    size: int = 1,
 ) -> Iterator[dict[str, LinearWeights]]:
-    """The Linears of all decoder layers by path: of each q, k and v, then o, then the MLP's three.
+    """The Linears of all decoder layers by path: of each q, k and v, then o, then the MLP's three;
+    of each of these, the part of every one of `ranks` in turn.
+
+    A part is read when it comes, without the rest where the format allows that. Parts of a Linear
+    split by its inputs have the whole bias. The inner channels of an MLP, whose order is free, are
+    sorted by the groups of the columns of `down_proj`, so that its parts have whole groups.
 
     Args:
         checkpoint: open.
         config: of the model.
         quantization: of the checkpoint.
-        reorder: sort the inner channels of an MLP, whose order is free, by the groups that the
-            columns of `down_proj` are in, so that parts of it have whole groups.
+        ranks: of the devices whose parts are wanted.
+        size: over how many devices the model is split.
 
     Raises:
         CheckpointError: as `read_linear`, or a bias is missing.
@@ -46,9 +53,18 @@ def read_layers(
         for group in _GROUPS:
             paths = [f"{layer_path(i)}.{name}" for name in group]
             linears = {
-                path: read_model_linear(checkpoint, config, quantization, path) for path in paths
+                path: open_model_linear(checkpoint, config, quantization, path) for path in paths
             }
-            yield _reordered(linears) if reorder and group is _MLP else linears
+            order = _inner_order(linears) if size > 1 and group is _MLP else None
+            for rank in ranks:
+                parts = {
+                    path: part_of_linear(config, path, linear, rank, size)
+                    for path, linear in linears.items()
+                }
+                yield {
+                    path: linear.read(_ordered(path, parts[path], order))
+                    for path, linear in linears.items()
+                }
 
 
 def read_model_linear(
@@ -59,7 +75,18 @@ def read_model_linear(
     Raises:
         CheckpointError: as `read_linear` does, or the bias is missing.
     """
-    linear = read_linear(checkpoint, quantization, path, linear_shapes(config)[path])
+    return open_model_linear(checkpoint, config, quantization, path).read()
+
+
+def open_model_linear(
+    checkpoint: Checkpoint, config: LlamaConfig, quantization: Quantization | None, path: str
+) -> StoredLinear:
+    """As `read_model_linear`, for parts to be read one by one.
+
+    Raises:
+        CheckpointError: as `open_linear` does, or the bias is missing.
+    """
+    linear = open_linear(checkpoint, quantization, path, linear_shapes(config)[path])
     check_bias(checkpoint, config, path, linear)
     return linear
 
@@ -74,25 +101,30 @@ def look_ahead[T](items: Iterator[T]) -> Generator[T]:
             yield cast(T, item)
 
 
-def _reordered(linears: dict[str, LinearWeights]) -> dict[str, LinearWeights]:
-    """The Linears of an MLP, as they are where `down_proj` has no `g_idx` or gate and up cannot
-    follow its order."""
-    gate, up, down = linears
-    weight = linears[down].weight
-    found = in_group_order(weight) if isinstance(weight, QTensor) else None
-    if found is None:
-        return linears
-    ordered, order = found
-    gate_rows, up_rows = (_take_rows(linears[path], order) for path in (gate, up))
-    if gate_rows is None or up_rows is None:
-        return linears
-    return {gate: gate_rows, up: up_rows, down: LinearWeights(ordered, linears[down].bias)}
+def part_of_linear(
+    config: LlamaConfig, path: str, linear: StoredLinear, rank: int, size: int
+) -> Part:
+    """What device `rank` of `size` holds of the Linear at `path`, or of the embedding."""
+    block = linear.scheme.block_size if linear.scheme is not None else None
+    return part_of(config, path, linear.weight.shape, rank, size, block[0] if block else 1)
 
 
-def _take_rows(linear: LinearWeights, order: np.ndarray) -> LinearWeights | None:
-    weight = take_rows(linear.weight, order)
-    bias = None if linear.bias is None else linear.bias[order]
-    return None if weight is None else LinearWeights(weight, bias)
+def _inner_order(linears: dict[str, StoredLinear]) -> np.ndarray | None:
+    """The order of an MLP's inner channels; None: as they are, since `down_proj` has no `g_idx` or
+    gate and up cannot follow it."""
+    gate, up, down = (linear.weight for linear in linears.values())
+    if not isinstance(down, QTensor) or not rows_move(gate) or not rows_move(up):
+        return None
+    return group_order(down)
+
+
+def _ordered(path: str, part: Part, order: np.ndarray | None) -> Part:
+    """`part` of one of the three Linears of an MLP whose inner channels are in this order."""
+    if order is None:
+        return part
+    if split_kind(path) == "row":
+        return replace(part, column_order=order)
+    return replace(part, row_order=order)
 
 
 def stack(linears: Sequence[LinearWeights]) -> LinearWeights | None:

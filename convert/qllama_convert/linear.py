@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax
 import numpy as np
 
 from qllama.config import LlamaConfig
 from qllama.errors import CheckpointError
+from qllama.parallel.sharding import Part, shard_bias, shard_weight
 from qllama.quantization.qtensor import QTensor
+from qllama.quantization.scheme import QuantScheme
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.formats import (
     LinearSpec,
@@ -24,7 +28,7 @@ from qllama_convert.formats import (
 )
 from qllama_convert.kv_scales import SUFFIXES_IN_LINEARS
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
-from qllama_convert.names import has_bias
+from qllama_convert.names import EMBED_TOKENS, has_bias
 from qllama_convert.quantization_config import Quantization
 
 _READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTensor]] = {
@@ -38,7 +42,6 @@ _READERS: dict[str, Callable[[ModuleTensors, tuple[int, int], LinearSpec], QTens
     "naive-quantized": naive_quantized.read,
     "nvfp4-pack-quantized": nvfp4_pack_quantized.read,
     "mxfp4-pack-quantized": mxfp4_pack_quantized.read,
-    "native": native.read,
 }
 _WRITERS: dict[str, Callable[[QTensor], dict[str, np.ndarray]]] = {
     "gptq": gptq.write,
@@ -63,6 +66,77 @@ class LinearWeights:
     bias: np.ndarray | None  # [N], float as stored
 
 
+class StoredLinear:
+    """One Linear of an open checkpoint: parts of it are read, and checked, as they are asked for.
+
+    Formats whose bytes have to be rearranged are read at once, and parts are taken from that.
+
+    Attributes:
+        weight: `[N, K]`; a `QTensor`, or a float array, or what stands for one that is not read.
+        bias: float `[N]` as stored, or None.
+    """
+
+    def __init__(
+        self, tensors: ModuleTensors, weight: Any, bias: np.ndarray | None, *, checked: bool
+    ) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._tensors = tensors
+        self._checked = checked
+
+    @property
+    def scheme(self) -> QuantScheme | None:
+        """None: not quantized."""
+        return self.weight.scheme if isinstance(self.weight, QTensor) else None
+
+    def read(self, part: Part | None = None) -> LinearWeights:
+        """The Linear, or the weight of `part` with the bias of its rows.
+
+        Views on the file where stored bytes and `part` allow it.
+
+        Raises:
+            CheckpointError: values that no quantizer writes, or damaged files.
+        """
+        weight, bias = self.weight, self.bias
+        if part is not None:
+            weight = shard_weight(weight, part)
+            bias = None if bias is None else shard_bias(bias, part)
+        if self._checked:
+            return LinearWeights(weight, bias)
+        weight = jax.tree.map(np.asarray, weight)
+        try:
+            self._check(weight)
+        except CheckpointError as error:
+            if part is None or part.shape == tuple(self.weight.shape):
+                raise
+            (first, last), (left, right) = (
+                (span.start, span.stop - 1) for span in (part.rows, part.columns)
+            )
+            raise CheckpointError(
+                f"{error} (in the part of rows {first} to {last} and columns {left} to {right}, "
+                "where places are counted)"
+            ) from error
+        return LinearWeights(weight, bias)
+
+    def _check(self, weight: np.ndarray | QTensor) -> None:
+        if isinstance(weight, QTensor):
+            native.check(self._tensors, weight)
+            _check(self._tensors, weight)
+        else:
+            self._tensors.check_floats("weight", weight)
+
+
+def open_embedding(checkpoint: Checkpoint, shape: tuple[int, int]) -> StoredLinear:
+    """The embedding `[V, D] = shape`, of which nothing is read yet.
+
+    Raises:
+        CheckpointError: missing, no float type, or another shape.
+    """
+    tensors = ModuleTensors(checkpoint, EMBED_TOKENS)
+    weight = tensors.view("weight", dtypes=FLOATS, shape=shape)
+    return StoredLinear(tensors, weight, None, checked=False)
+
+
 def read_linear(
     checkpoint: Checkpoint, quantization: Quantization | None, path: str, shape: tuple[int, int]
 ) -> LinearWeights:
@@ -74,23 +148,39 @@ def read_linear(
         CheckpointError: a tensor is missing, unexpected, of the wrong dtype or shape, holds values
             that no quantizer writes, or contradicts the config.
     """
+    return open_linear(checkpoint, quantization, path, shape).read()
+
+
+def open_linear(
+    checkpoint: Checkpoint, quantization: Quantization | None, path: str, shape: tuple[int, int]
+) -> StoredLinear:
+    """As `read_linear`, for parts to be read one by one.
+
+    Raises:
+        CheckpointError: as `read_linear`; for a plain or a native weight, whatever its values tell
+            is for `StoredLinear.read` to raise.
+    """
     tensors = ModuleTensors(checkpoint, path)
     spec = quantization.linear(path) if quantization else None
-    weight: np.ndarray | QTensor
+    weight: Any
     if spec is None:
-        weight = plain.read(tensors, shape)
+        weight = plain.view(tensors, shape)
     else:
         _refuse_float_weight(tensors)
-        weight = _READERS[spec.format](tensors, shape, spec)
-        _check(tensors, weight)
+        if spec.format == "native":
+            weight = native.view(tensors, shape, spec)
+        else:
+            weight = _READERS[spec.format](tensors, shape, spec)
+            _check(tensors, weight)
     bias = tensors.read_floats("bias", shape[:1]) if "bias" in tensors else None
     of_kv_cache = SUFFIXES_IN_LINEARS if path.endswith((".k_proj", ".v_proj")) else frozenset()
     tensors.refuse_unread(but=of_kv_cache)
-    return LinearWeights(weight, bias)
+    checked = spec is not None and spec.format != "native"
+    return StoredLinear(tensors, weight, bias, checked=checked)
 
 
 def check_bias(
-    checkpoint: Checkpoint, llama: LlamaConfig, path: str, linear: LinearWeights
+    checkpoint: Checkpoint, llama: LlamaConfig, path: str, linear: LinearWeights | StoredLinear
 ) -> None:
     """Raise `CheckpointError` where config.json promises a bias and there is none."""
     if linear.bias is None and has_bias(llama, path):

@@ -4,7 +4,8 @@ Strict: every tensor is read or known to be unneeded, and every value that can b
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,22 +18,21 @@ from qllama.errors import CheckpointError
 from qllama.model.dense import Dense, MergedDense, QuantDense, make_dense
 from qllama.model.llama import MLP, Attention, DecoderLayer, Llama, RMSNorm
 from qllama.parallel.layers import RowParallel, ShardedLlama
-from qllama.parallel.mesh import MODEL, make_mesh
+from qllama.parallel.mesh import MODEL, local_ranks, make_mesh
 from qllama.parallel.placement import place
-from qllama.parallel.sharding import (
-    local_config,
-    part_of,
-    shard_bias,
-    shard_kv_scales,
-    shard_weight,
-)
+from qllama.parallel.sharding import local_config, shard_kv_scales
 from qllama.quantization.activations import Semantics
-from qllama.quantization.qtensor import QTensor
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.kv_scales import read_kv_scales
-from qllama_convert.layers import look_ahead, read_layers, read_model_linear, stack
-from qllama_convert.linear import LinearWeights
+from qllama_convert.layers import (
+    look_ahead,
+    open_model_linear,
+    part_of_linear,
+    read_layers,
+    stack,
+)
+from qllama_convert.linear import LinearWeights, StoredLinear, open_embedding
 from qllama_convert.module_tensors import ModuleTensors
 from qllama_convert.names import (
     EMBED_TOKENS,
@@ -40,7 +40,6 @@ from qllama_convert.names import (
     embedding_shape,
     is_derived,
     layer_path,
-    linear_shapes,
 )
 from qllama_convert.quantization_config import Quantization
 
@@ -97,7 +96,8 @@ def load_replicas(
 
     Args:
         meshes: one row each and alike, see `qllama.parallel.mesh.replicas`. Over several devices,
-            each receives its part of every weight and no more, and the model runs inside a
+            each receives its part of every weight and no more, read by itself where the format
+            allows it (see `read_layers`), and the model runs inside a
             `shard_map`; see `qllama.parallel.sharding.check_split` for what cannot be split.
     """
     build = _Builder(checkpoint, config, quantization, meshes, dtype, backend, semantics)
@@ -141,29 +141,34 @@ class _Builder:
         self.dtype = dtype
         self.backend = backend
         self.semantics: Semantics = semantics
-        self.shapes = linear_shapes(config)
         self.size = meshes[0].size
+        self.ranks = local_ranks(meshes[0])
         self.config = local_config(config, self.size)  # of what one device runs
         self.ahead = look_ahead(
-            read_layers(checkpoint, config, quantization, reorder=self.size > 1)
+            read_layers(checkpoint, config, quantization, ranks=self.ranks, size=self.size)
         )
 
     def close(self) -> None:
         """Read no further."""
         self.ahead.close()
 
-    def place[T](self, build: Callable[[int], T]) -> list[T]:
-        return [place(build, mesh) for mesh in self.meshes]
+    def place[P, T](self, parts: Iterable[P], build: Callable[[P], T]) -> list[T]:
+        return place(parts, build, self.meshes)
+
+    def parts(self, path: str, linear: StoredLinear) -> Iterator[LinearWeights]:
+        """What each device of this process holds of a Linear, or of the embedding."""
+        for rank in self.ranks:
+            yield linear.read(part_of_linear(self.whole, path, linear, rank, self.size))
+
+    def next_parts(self) -> Iterator[dict[str, LinearWeights]]:
+        """The same of the Linears that come next, by path."""
+        return itertools.islice(self.ahead, len(self.ranks))
 
     def embedding(self) -> list[jax.Array]:
-        shape = embedding_shape(self.whole)
-        table = ModuleTensors(self.checkpoint, EMBED_TOKENS).read_floats("weight", shape)
-
-        def of_device(rank: int) -> jax.Array:
-            part = part_of(self.whole, EMBED_TOKENS, shape, rank, self.size)
-            return self.cast(shard_weight(table, part))
-
-        return self.place(of_device)
+        table = open_embedding(self.checkpoint, embedding_shape(self.whole))
+        return self.place(
+            self.parts(EMBED_TOKENS, table), lambda part: self.cast(np.asarray(part.weight))
+        )
 
     def decoder_layer(self, path: str) -> list[DecoderLayer]:
         scales = read_kv_scales(
@@ -173,26 +178,29 @@ class _Builder:
             self.whole.num_key_value_heads,
         )
         kv_scales = self.place(
-            lambda rank: [
-                None
-                if (part := shard_kv_scales(self.whole, scale, rank, self.size)) is None
-                else jnp.asarray(part)
-                for scale in scales
-            ]
+            (
+                [shard_kv_scales(self.whole, scale, rank, self.size) for scale in scales]
+                for rank in self.ranks
+            ),
+            lambda mine: [None if scale is None else jnp.asarray(scale) for scale in mine],
         )
-        qkv = self.merged(next(self.ahead))
         o_proj, down_proj = f"{path}.self_attn.o_proj", f"{path}.mlp.down_proj"
-        o = self.row_parallel(o_proj, next(self.ahead)[o_proj])
-        mlp = next(self.ahead)
-        down = self.row_parallel(down_proj, mlp.pop(down_proj))
-        gate_up = self.merged(mlp)
+
+        def mlp_of_device(linears: dict[str, LinearWeights]) -> MLP:
+            gate_up = {name: linear for name, linear in linears.items() if name != down_proj}
+            down = self.row_parallel(linears[down_proj])
+            return MLP(self.merged(gate_up), down, backend=self.backend)
+
+        qkv = self.place(self.next_parts(), self.merged)
+        o = self.place(self.next_parts(), lambda linears: self.row_parallel(linears[o_proj]))
+        mlp = self.place(self.next_parts(), mlp_of_device)
         before, after = (
             self.norm(f"{path}.{name}") for name in ("input_layernorm", "post_attention_layernorm")
         )
         return [
             DecoderLayer(
                 Attention(self.config, qkv[i], o[i], *kv_scales[i], backend=self.backend),
-                MLP(gate_up[i], down[i], backend=self.backend),
+                mlp[i],
                 before[i],
                 after[i],
             )
@@ -204,19 +212,14 @@ class _Builder:
             "weight", (self.whole.hidden_size,)
         )
         eps, backend = self.whole.rms_norm_eps, self.backend
-        return self.place(lambda rank: RMSNorm(self.cast(weight), eps, backend=backend))
+        return self.place(
+            (weight for _ in self.ranks),
+            lambda weight: RMSNorm(self.cast(weight), eps, backend=backend),
+        )
 
     def cast(self, array: np.ndarray) -> jax.Array:
         """A float weight on the device, in the compute dtype."""
         return jnp.asarray(array).astype(self.dtype)  # in this order, or numpy makes a copy
-
-    def shard(self, path: str, linear: LinearWeights, rank: int) -> LinearWeights:
-        """What device `rank` holds of a Linear; of one split by its inputs, the whole bias."""
-        scheme = linear.weight.scheme if isinstance(linear.weight, QTensor) else None
-        rows = scheme.block_size[0] if scheme is not None and scheme.block_size else 1
-        part = part_of(self.whole, path, self.shapes[path], rank, self.size, rows)
-        bias = None if linear.bias is None else shard_bias(linear.bias, part)
-        return LinearWeights(shard_weight(linear.weight, part), bias)
 
     def layer(self, linear: LinearWeights, axis_name: str | None = None) -> Dense | QuantDense:
         bias = None if linear.bias is None else jnp.asarray(linear.bias)
@@ -230,31 +233,22 @@ class _Builder:
             axis_name=axis_name,
         )
 
-    def merged(self, linears: Mapping[str, LinearWeights]) -> list[MergedDense]:
+    def merged(self, linears: Mapping[str, LinearWeights]) -> MergedDense:
         """Linears that share an input, as one."""
+        mine = list(linears.values())
+        sizes = [linear.weight.shape[0] for linear in mine]
+        stacked = stack(mine)
+        return MergedDense([self.layer(m) for m in ([stacked] if stacked else mine)], sizes)
 
-        def of_device(rank: int) -> MergedDense:
-            mine = [self.shard(path, linear, rank) for path, linear in linears.items()]
-            sizes = [linear.weight.shape[0] for linear in mine]
-            stacked = stack(mine)
-            return MergedDense([self.layer(m) for m in ([stacked] if stacked else mine)], sizes)
-
-        return self.place(of_device)
-
-    def row_parallel(self, path: str, linear: LinearWeights) -> list[Any]:
+    def row_parallel(self, linear: LinearWeights) -> Any:
         """A Linear that writes to the residual stream: `RowParallel` over several devices, else as
         it is."""
-
-        def of_device(rank: int) -> Dense | QuantDense | RowParallel:
-            mine = self.shard(path, linear, rank)
-            if self.size == 1:
-                return self.layer(mine)
-            bias = None if mine.bias is None else self.cast(mine.bias)
-            # vLLM's kernels see their own columns only; the other library knows no devices.
-            axis_name = MODEL if self.semantics == "compressed-tensors" else None
-            return RowParallel(self.layer(LinearWeights(mine.weight, None), axis_name), bias)
-
-        return self.place(of_device)
+        if self.size == 1:
+            return self.layer(linear)
+        bias = None if linear.bias is None else self.cast(linear.bias)
+        # vLLM's kernels see their own columns only; the other library knows no devices.
+        axis_name = MODEL if self.semantics == "compressed-tensors" else None
+        return RowParallel(self.layer(LinearWeights(linear.weight, None), axis_name), bias)
 
     def lm_head(self, embed_tokens: list[jax.Array]) -> Sequence[Dense | QuantDense | None]:
         """None where the head is the embedding."""
@@ -267,8 +261,8 @@ class _Builder:
                     "tie_word_embeddings is false in config.json"
                 )
             return tied
-        linear = read_model_linear(self.checkpoint, self.whole, self.quantization, LM_HEAD)
-        heads = self.place(lambda rank: self.layer(self.shard(LM_HEAD, linear, rank)))
+        linear = open_model_linear(self.checkpoint, self.whole, self.quantization, LM_HEAD)
+        heads = self.place(self.parts(LM_HEAD, linear), self.layer)
         head = heads[0]
         if not self.whole.tie_word_embeddings or isinstance(head, QuantDense):
             return heads

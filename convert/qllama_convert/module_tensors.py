@@ -1,7 +1,7 @@
 """The tensors of one module of a checkpoint, read under their rules or refused with their name."""
 
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -61,25 +61,45 @@ class ModuleTensors:
         Raises:
             CheckpointError: missing, another dtype, another shape.
         """
+        self._check_header(suffix, dtypes, shape)
+        self._accounted.add(suffix)
+        return self.checkpoint.read(f"{self.path}.{suffix}")
+
+    def view(self, suffix: str, *, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Any:
+        """As `read`, but only the parts that indexing takes of it are read, when numpy needs them:
+        an array, or what stands for one."""
+        self._check_header(suffix, dtypes, shape)
+        self._accounted.add(suffix)
+        return self.checkpoint.view(f"{self.path}.{suffix}")
+
+    def _check_header(
+        self, suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None
+    ) -> None:
         info = self.info(suffix)
         if info.dtype not in dtypes:
             expected = " or ".join(dtypes)
             raise self.error(f"tensor {suffix} has dtype {info.dtype}, expected {expected}", suffix)
         if shape is not None and tuple(info.shape) != shape:
             raise self.wrong_shape(suffix, str(list(shape)))
-        self._accounted.add(suffix)
-        return self.checkpoint.read(f"{self.path}.{suffix}")
 
     def read_floats(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray:
         """An unquantized tensor, BF16, F16 or F32 as stored, its values in the range of F16."""
         array = self.read(suffix, dtypes=FLOATS, shape=shape)
+        self.check_floats(suffix, array)
+        return array
+
+    def check_floats(self, suffix: str, array: np.ndarray) -> None:
+        """Raise unless all values of a float tensor, or of a part of it, are in the range of F16.
+
+        Raises:
+            CheckpointError: the first that is not, by its place in `array`.
+        """
         unsigned, mask, limit = _MAGNITUDE[self.info(suffix).dtype]
         flat = array.reshape(-1).view(unsigned)
         for start in range(0, flat.size, _CHUNK):
             bad = (flat[start : start + _CHUNK] & flat.dtype.type(mask)) >= limit
             if bad.any():
                 self._refuse_value(suffix, array, start + int(bad.argmax()))
-        return array
 
     def _refuse_value(self, suffix: str, array: np.ndarray, place: int) -> NoReturn:
         value = float(array.reshape(-1)[place])

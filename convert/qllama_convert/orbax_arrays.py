@@ -2,7 +2,8 @@
 
 A tree of arrays by the parts of their names, `model.norm.weight` at `["model"]["norm"]["weight"]`,
 in zarr over OCDBT, not compressed: packed codes hardly shrink. `orbax.checkpoint` restores the
-folder as it stands; here single arrays are read, as a loader asks for them.
+folder as it stands; here single arrays are read, or parts of them, as a loader asks for them. They
+are stored in chunks, so that a part is read without the whole.
 """
 
 import errno
@@ -12,12 +13,55 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from qllama.errors import CheckpointError
 from qllama_convert.safetensors_file import CODES, TensorEntry
 
 _ARRAY = "/.zarray"  # ends the key that describes an array
+
+# Chunks are read whole. Of this size, those at the borders of a part cost little, and an array is
+# some tens of reads.
+_CHUNK_BYTES = 1 << 21
+_INDEX_BYTES = 1 << 26  # what the index of all chunks may take in memory; that of 70B takes a tenth
+
+
+class OrbaxArray:
+    """An array in such a folder, or a part of one, read when numpy asks for it.
+
+    Indexed by slices and by one array of integers, as numpy would; each index gives a part of what
+    it is applied to, and nothing is read by it.
+    """
+
+    def __init__(self, folder: Path, name: str, stored: Any) -> None:
+        self.folder = folder
+        self.name = name
+        self._stored = stored
+        self.dtype: np.dtype = stored.dtype.numpy_dtype
+        self.shape: tuple[int, ...] = tuple(stored.shape)
+
+    def __getitem__(self, index: Any) -> "OrbaxArray":
+        indices = index if isinstance(index, tuple) else (index,)
+        inside = tuple(
+            slice(*one.indices(size)) if isinstance(one, slice) else one
+            for one, size in zip(indices, self.shape, strict=False)
+        )
+        part = self._stored[inside]
+        return OrbaxArray(self.folder, self.name, part.translate_to[(0,) * part.rank])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values, from the disk.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        try:
+            array = np.asarray(self._stored.read().result(), dtype)
+        except Exception as error:  # of whatever type tensorstore has for it
+            raise _unreadable(self.folder, self.name, error) from error
+        array.flags.writeable = False
+        return array
 
 
 class OrbaxArrays:
@@ -34,7 +78,7 @@ class OrbaxArrays:
         try:
             self._arrays = _open_arrays(path)
         except Exception as error:  # of whatever type tensorstore has for it
-            raise self._unreadable("its list of arrays", error) from error
+            raise _unreadable(path, "its list of arrays", error) from error
         self.tensors: dict[str, TensorEntry] = {}
         for name, array in self._arrays.items():
             dtype = array.dtype.numpy_dtype
@@ -42,28 +86,21 @@ class OrbaxArrays:
                 raise CheckpointError(f"{path}: {name} has dtype {dtype}, which is not read")
             self.tensors[name] = TensorEntry(CODES[dtype], tuple(array.shape), 0, 0)
 
+    def view(self, name: str) -> OrbaxArray:
+        """One array, not read."""
+        return OrbaxArray(self.path, name, self._arrays[name])
+
     def read(self, name: str) -> np.ndarray:
         """One array, from the disk.
 
         Raises:
             CheckpointError: its files are damaged.
         """
-        try:
-            array = np.asarray(self._arrays[name].read().result())
-        except Exception as error:  # as above
-            raise self._unreadable(name, error) from error
-        array.flags.writeable = False
-        return array
+        return np.asarray(self.view(name))
 
     def close(self) -> None:
         """Let go of the files."""
         self._arrays = {}
-
-    def _unreadable(self, what: str, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: {what} cannot be read ({_first_line(error)}); the files are damaged or "
-            "incomplete, make or copy them again"
-        )
 
 
 def write_orbax(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -87,9 +124,10 @@ def write_orbax(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     if not tree:
         raise ValueError("there are no tensors to write")
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    chunks = jax.tree.map(lambda array: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree))
+            checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree, save_args=chunks))
     except ValueError as error:  # tensorstore's way to say that the disk is full
         number = re.search(r"os_error_code='(\d+)'", str(error))
         code = int(number[1]) if number else errno.EIO
@@ -108,18 +146,37 @@ def _open_arrays(path: Path) -> dict[str, Any]:
 
     folder = {"driver": "file", "path": f"{path.resolve()}/"}
     store = {"driver": "ocdbt", "base": folder}
-    context = tensorstore.Context()  # shared, so that the index is read once
+    # Shared and with a cache, so that the index is read once; arrays are not kept in one.
+    context = tensorstore.Context(
+        {
+            "cache_pool": {"total_bytes_limit": _INDEX_BYTES},
+            "cache_pool#arrays": {"total_bytes_limit": 0},
+        }
+    )
     keys = tensorstore.KvStore.open(store, context=context).result().list().result()
     names = sorted(
         key.decode().removesuffix(_ARRAY) for key in keys if key.decode().endswith(_ARRAY)
     )
     opening = {
         name: tensorstore.open(
-            {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}, context=context, open=True
+            {
+                "driver": "zarr",
+                "kvstore": store | {"path": f"{name}/"},
+                "cache_pool": "cache_pool#arrays",
+            },
+            context=context,
+            open=True,
         )
         for name in names
     }
     return {name: array.result() for name, array in opening.items()}
+
+
+def _unreadable(folder: Path, what: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: {what} cannot be read ({_first_line(error)}); the files are damaged or "
+        "incomplete, make or copy them again"
+    )
 
 
 def _first_line(error: BaseException) -> str:

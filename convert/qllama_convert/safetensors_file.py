@@ -48,7 +48,9 @@ CODES: dict[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 _SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | _SUB_BYTE_BITS
 
-_MAX_HEADER = 100_000_000  # bytes, the library's own limit
+MAX_HEADER = 100_000_000
+"""Bytes that the header of a file may have: the library's own limit."""
+
 _MAX_RANK = 64
 
 # Bytes before the data of a large file. A smaller file, or one with thousands of tensors, has its
@@ -76,11 +78,15 @@ class TensorEntry(NamedTuple):
 class SafetensorsFile:
     """One file, mapped: `tensors` and `metadata` are parsed and checked, no data has been read.
 
+    Args:
+        path: the file.
+        size: of the file in bytes, where only its header is at `path`; no tensor can be read then.
+
     Raises:
         CheckpointError: the file cannot be opened or its header is not what the format allows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
         with open_file(path) as file:
             try:
@@ -88,24 +94,27 @@ class SafetensorsFile:
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: cannot be mapped: {error}") from error
         try:
-            header, data_start = _read_header(mapped)
+            whole = len(mapped) if size is None else size
+            header, data_start = _read_header(mapped, whole)
             self.metadata = _parse_metadata(header.pop("__metadata__", None))
             self.tensors = {name: _parse_entry(name, entry) for name, entry in header.items()}
-            _check_layout(self.tensors, len(mapped) - data_start)
+            _check_layout(self.tensors, whole - data_start)
         except ValueError as error:
             mapped.close()
             raise CheckpointError(f"{path}: corrupt safetensors file: {error}") from error
-        self._data: np.ndarray | None = np.frombuffer(mapped, np.uint8)[data_start:]
+        self._data: np.ndarray | None = None
+        if size is None:
+            self._data = np.frombuffer(mapped, np.uint8)[data_start:]
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of the tensor in the mapped file; it stays valid after `close`.
 
         Raises:
             CheckpointError: the dtype is narrower than a byte.
-            ValueError: the file is closed.
+            ValueError: the file is closed, or only its header is there.
         """
         if self._data is None:
-            raise ValueError(f"{self.path} is closed")
+            raise ValueError(f"{self.path} is closed, or no more of it than its header is there")
         dtype, shape, start, stop = self.tensors[name]
         if dtype not in DTYPES:
             raise CheckpointError(
@@ -113,6 +122,8 @@ class SafetensorsFile:
                 f"readable are {', '.join(DTYPES)}"
             )
         return self._data[start:stop].view(DTYPES[dtype]).reshape(shape)
+
+    view = read  # as for other containers: what indexing does not take is not read
 
     def close(self) -> None:
         """Let go of the file; it is unmapped when the last view of it is gone."""
@@ -207,13 +218,13 @@ def _move_data(file: FileIO, size: int, *, to: int) -> None:
     file.truncate(to + size)
 
 
-def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """The header, and where the data begins. Raises ValueError."""
+def _read_header(data: mmap.mmap, size: int) -> tuple[dict[str, Any], int]:
+    """The header of a file of so many bytes, and where the data begins. Raises ValueError."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER):
+    if size < 8 or length > min(size - 8, MAX_HEADER):
         raise ValueError(
-            f"its first bytes announce a header of {length} bytes, the file has {len(data)} and "
-            f"at most {_MAX_HEADER} are allowed; it is no safetensors file, or its download broke"
+            f"its first bytes announce a header of {length} bytes, the file has {size} and "
+            f"at most {MAX_HEADER} are allowed; it is no safetensors file, or its download broke"
         )
     text = data[8 : 8 + length]
     if not text.startswith(b"{"):

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
@@ -18,6 +17,7 @@ import numpy as np
 
 from qllama_convert.names import split_name
 from qllama_convert.orbax_arrays import write_orbax
+from qllama_convert.partial_folder import move_into_place, partial_folder
 from qllama_convert.safetensors_file import write_safetensors
 from qllama_convert.weight_files import INDEX, ORBAX, WEIGHTS
 
@@ -37,7 +37,8 @@ def write_checkpoint(
 ) -> Path:
     """Write a Hugging Face checkpoint folder; equal arguments give equal bytes.
 
-    Whatever goes wrong, an existing folder stays as it is and a new one does not appear.
+    Whatever goes wrong, an existing folder stays as it is and a new one does not appear. What a
+    killed process left beside it, `.NAME.<hex>.partial`, is removed by the next one.
 
     Args:
         folder: where; its parents are made.
@@ -62,11 +63,8 @@ def write_checkpoint(
     folder = check_output_folder(folder, overwrite=overwrite)
     files = files or {}
     _check_file_names(files)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        try:
+        with partial_folder(folder) as partial:
             _write_file(partial / "config.json", _json(exported_config(config)))
             for name, content in files.items():
                 _write_file(partial / name, content)
@@ -76,9 +74,8 @@ def write_checkpoint(
                 _write_weights(partial, tensors, max_shard_bytes)
             flush_folder(partial)
             check(partial)
-            _move_into_place(partial, folder, overwrite=overwrite)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            move_into_place(partial, folder, overwrite=overwrite)
+            flush_folder(folder.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -194,23 +191,6 @@ def _write_file(path: Path, content: bytes | Path) -> None:
             file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _move_into_place(partial: Path, folder: Path, *, overwrite: bool) -> None:
-    """Rename. There is no portable exchange of two folders, so for a moment neither is in place;
-    a crash just then leaves the old one beside it as `.NAME.*.replaced`."""
-    if overwrite and folder.exists():
-        replaced = partial.with_suffix(".replaced")
-        folder.rename(replaced)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            replaced.rename(folder)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        partial.rename(folder)
-    flush_folder(folder.parent)
 
 
 def flush_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qllama_kernels import decode_attention as kernel
 from qllama_kernels.dispatch import check_backend, kernels_run_here
@@ -56,6 +57,7 @@ def has_decode_attention(dtype: jnp.dtype, cache: jax.Array, heads: int, backend
         and cache.dtype in (dtype, jnp.float8_e4m3fn)
         and head_dim in kernel.HEAD_DIMS
         and capacity % kernel.SMALLEST == 0
+        and heads % kv_heads == 0
         and heads <= kernel.QUERIES * kv_heads
     )
 
@@ -93,10 +95,8 @@ def decode_attention(
     rope = jnp.stack(
         [jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)], axis=1
     )
-    scales = [
-        jnp.ones(1, jnp.float32) if scale is None else scale.reshape(-1)
-        for scale in (k_scale, v_scale)
-    ]
+    one = jnp.asarray(np.ones(1, np.float32))  # a constant in the program: no kernel makes it
+    scales = [one if scale is None else scale.reshape(-1) for scale in (k_scale, v_scale)]
     config = kernel.AttentionConfig()
     out, stats, keys, values = kernel.decode_attention(
         qkv,

@@ -106,7 +106,8 @@ def decode_attention(
         raw_key,
         raw_value,
         rope_smem,
-        new_entries,
+        new_key,
+        new_value,
         queries_smem,
         keys_smem,
         values_smem,
@@ -124,7 +125,7 @@ def decode_attention(
         position = positions_ref[row]
         start = split * config.split
         cached = jnp.minimum(position - start, config.split)  # entries here that lie in the cache
-        used = (cached + TILE - 1) // TILE  # tiles
+        used = lax.div(cached + TILE - 1, TILE)  # tiles
 
         def write_out(result):
             """`[H, 8]` in the dtype of the result."""
@@ -215,14 +216,14 @@ def decode_attention(
             queries = queries * spread(cos, 0, shape) + partner * spread(sin, 0, shape)
             queries = queries.astype(dtype)
             queries_smem.T[...] = plgpu.layout_cast(queries, plgpu.Layout.WGMMA_TRANSPOSED)
-            new_entries[0] = key
-            new_entries[1] = value
+            new_key[...] = key
+            new_value[...] = value
             plgpu.commit_smem()
 
             @pl.when(is_new)
             def _():
-                for i, ref in enumerate((keys_ref, values_ref)):
-                    plgpu.copy_smem_to_gmem(new_entries.at[i], ref.at[row, head, position])
+                plgpu.copy_smem_to_gmem(new_key, keys_ref.at[row, head, position])
+                plgpu.copy_smem_to_gmem(new_value, values_ref.at[row, head, position])
 
             key, value = key.astype(jnp.float32), value.astype(jnp.float32)
             score_scale = scale * key_factor if quantized else scale
@@ -272,7 +273,7 @@ def decode_attention(
 
             if not quantized:
 
-                @pl.when(cached % TILE != 0)
+                @pl.when(lax.rem(cached, TILE) != 0)
                 def _():
                     last = values_smem.at[used - 1]
                     last[...] = visible(load_tile(last), used - 1)
@@ -318,10 +319,10 @@ def decode_attention(
     swizzled = mosaic.k_major(TILE, dtype)
     scratch = [
         smem((2 * QUERIES + 4, head_dim // 2), dtype),
-        smem((4, head_dim // 2), dtype),
+        smem((3, head_dim // 2), dtype),
         smem((2, head_dim // 2), dtype),
         smem((2, head_dim), jnp.float32),
-        smem((2, head_dim), keys.dtype),
+        *[smem((head_dim,), keys.dtype)] * 2,  # apart: TMA takes multiples of 128 bytes
         smem((QUERIES, head_dim), dtype, transforms=swizzled),
         *[smem((tiles, TILE, head_dim), dtype, transforms=swizzled)] * 2,
         smem((QUERIES, config.split), dtype, transforms=swizzled),

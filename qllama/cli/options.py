@@ -92,6 +92,12 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="find all that in the environment of SLURM or Open MPI",
     )
+    group.add_argument(
+        "--initialization-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="how long to wait until all of them are there (default: 300)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

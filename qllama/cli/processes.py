@@ -19,7 +19,10 @@ def together(args: argparse.Namespace) -> Iterator[None]:
         return
     from qllama.parallel.processes import is_first, join
 
-    join(args.coordinator, args.num_processes, args.process_id)
+    waits = {}
+    if args.initialization_timeout is not None:
+        waits["initialization_timeout"] = args.initialization_timeout
+    join(args.coordinator, args.num_processes, args.process_id, **waits)
     with contextlib.ExitStack() as stack:
         results = stack.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8"))
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -47,6 +50,8 @@ def several(args: argparse.Namespace) -> bool:
             f"{' and '.join(missing)} missing: a run of several processes needs all three of "
             "--coordinator, --num-processes and --process-id, or --distributed"
         )
+    if not given and getattr(args, "initialization_timeout", None) is not None:
+        raise ValueError("--initialization-timeout is for a run of several processes")
     return bool(given)
 
 

@@ -54,7 +54,8 @@ def compare(
 
     Nothing is approximated: both distributions are there in full. A model that is given as a folder
     or Hub id is loaded for its turn only, and the other one's hidden states are kept meanwhile, on
-    the host; so two models that do not fit into memory together can be compared.
+    the host; so two models that do not fit into memory together can be compared. Models that are
+    loaded may be on different devices.
 
     Args:
         llm_a: the original.
@@ -102,7 +103,8 @@ def compare_with(reference: Reference, llm: LLM, text: Text) -> ComparisonResult
             states = jnp.asarray(hidden), llm.hidden_states(ids)
             for block in blocks(ids, *states):
                 a, b = block.hidden
-                part = jax.device_get(_compare(head_a(a), head_b(b), block.targets))
+                logits = head_b(b)
+                part = jax.device_get(_compare(_beside(logits, head_a(a)), logits, block.targets))
                 found.append({name: values[: block.valid] for name, values in part.items()})
             for name, model in (("nll_a", "the first model"), ("nll_b", "the second model")):
                 check_finite(float(found[-1][name].sum()), model)
@@ -119,6 +121,13 @@ def compare_with(reference: Reference, llm: LLM, text: Text) -> ComparisonResult
         window=windows.shape[1],
         protocol=protocol(windows),
     )
+
+
+def _beside(there: jax.Array, logits: jax.Array) -> jax.Array:
+    """`logits` on the devices of `there`: the two models may be on different meshes."""
+    if logits.sharding.device_set == there.sharding.device_set:
+        return logits
+    return jax.device_put(logits, there.sharding)
 
 
 def _reference(llm: LLM, windows: np.ndarray, hidden: Iterable[Any]) -> Reference:

@@ -1,6 +1,6 @@
 """From what each device holds to arrays over all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,26 +9,35 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qllama.parallel.mesh import MODEL, local_ranks
 
 
-def place[T](build: Callable[[int], T], mesh: Mesh) -> T:
-    """What `build` makes for each device of a replica, as one tree of arrays over them all.
+def place[P, T](parts: Iterable[P], build: Callable[[P], T], meshes: Sequence[Mesh]) -> list[T]:
+    """For each replica what `build` makes of its devices' parts, as one tree of arrays over them.
 
     The global arrays are those of the devices stacked along their first axis, however a weight was
     split and packed: inside a `shard_map` every device finds again just what was built for it.
     Scalars must be the same everywhere.
 
     Args:
-        build: called with the rank of each of this process's devices, that device the default; the
+        parts: what the devices of this process hold, on the host, in the order of `local_ranks`.
+            The next is asked for when the devices have the one before it.
+        build: called with a part once for each replica, the device that holds it the default; the
             results differ in the values of their arrays alone.
-        mesh: of one replica.
+        meshes: of the replicas, alike, one row each.
     """
-    (row,) = mesh.devices
-    parts = []
-    for rank in local_ranks(mesh):
-        with jax.default_device(row[rank]):
-            parts.append(jax.device_put(build(rank), row[rank]))
-    if mesh.size == 1:
-        return parts[0]
-    return jax.tree.map(lambda *arrays: _stack(arrays, mesh), *parts)
+    built: list[list[T]] = [[] for _ in meshes]
+    for rank, part in zip(local_ranks(meshes[0]), parts, strict=True):
+        for mesh, mine in zip(meshes, built, strict=True):
+            device = mesh.devices[0, rank]
+            with jax.default_device(device):
+                mine.append(jax.device_put(build(part), device))
+        if meshes[0].size > 1:
+            # Transfers are asynchronous and keep their sources: the host would hold many parts.
+            jax.block_until_ready([mine[-1] for mine in built])
+    if meshes[0].size == 1:
+        return [mine[0] for mine in built]
+    return [
+        jax.tree.map(lambda *arrays, mesh=mesh: _stack(arrays, mesh), *mine)
+        for mesh, mine in zip(meshes, built, strict=True)
+    ]
 
 
 def _stack(arrays: Sequence[jax.Array], mesh: Mesh) -> jax.Array:

@@ -4,6 +4,10 @@ JAX connects them (`jax.distributed`) and its collectives carry the data; nothin
 between them. Process 0 talks to the user.
 """
 
+import socket
+import threading
+from concurrent.futures import Future
+
 import jax
 import numpy as np
 
@@ -11,8 +15,19 @@ HEARTBEAT_TIMEOUT = 20
 """Seconds after which a process that no longer answers is given up, and the others with it."""
 
 
+INITIALIZATION_TIMEOUT = 300
+"""Seconds that the processes of a run wait for each other at its start."""
+
+_NEVER = 10**8  # seconds
+_ANSWER = 5  # seconds that an address has to answer
+
+
 def join(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    initialization_timeout: float = INITIALIZATION_TIMEOUT,
 ) -> None:
     """Connect this process with the others of its run. Before JAX touches a device.
 
@@ -21,10 +36,13 @@ def join(
         num_processes: of the run.
         process_id: of this one, from 0. What is None is found in the environment of SLURM or Open
             MPI, as `jax.distributed.initialize` does.
+        initialization_timeout: seconds to wait until all processes are there.
 
     Raises:
         ValueError: arguments out of range, or missing and not to be found.
-        RuntimeError: the others do not answer.
+        TimeoutError: not all of them came in time. This process should end then: JAX goes on
+            waiting for them.
+        RuntimeError: JAX cannot connect, or has been used already.
     """
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"coordinator={coordinator!r} must be HOST:PORT, the address of process 0")
@@ -32,19 +50,63 @@ def join(
         raise ValueError(f"num_processes={num_processes} must be at least 1")
     if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
         raise ValueError(f"process_id={process_id} must be from 0 to num_processes - 1")
+    if initialization_timeout <= 0:
+        raise ValueError(f"initialization_timeout={initialization_timeout} must be above 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    connected: Future[None] = Future()
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                # At its own timeout JAX aborts the process, in C++, with a stack trace.
+                initialization_timeout=_NEVER,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            )
+        except BaseException as error:
+            connected.set_exception(error)
+        else:
+            connected.set_result(None)
+
+    # In a thread, so that this one can give up, and answer to Ctrl-C.
+    threading.Thread(target=connect, daemon=True).start()
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        )
+        connected.result(initialization_timeout)
+    except TimeoutError:
+        waited = f"after {initialization_timeout:g} s not all processes of this run are there"
+        raise TimeoutError(
+            f"{waited}: {_missing(coordinator, num_processes, process_id)}"
+        ) from None
     except ValueError as error:
         raise ValueError(
             f"this process cannot find the others ({error}); give coordinator, num_processes and "
             "process_id, or start it with srun or mpirun"
         ) from error
+
+
+def _missing(coordinator: str | None, count: int | None, process_id: int | None) -> str:
+    """Who is not there, as far as this process can tell, and what to look at."""
+    number = "all" if count is None else f"all {count}"
+    started = f"see whether {number} were started, each with its own id and the same coordinator"
+    if coordinator is None:
+        return f"{started}; the environment of SLURM or Open MPI names it"
+    host, _, port = coordinator.rpartition(":")
+    if process_id != 0:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            return (
+                f"nobody answers at the coordinator {coordinator} ({reason}); start process 0 of "
+                f"{count} there, and see whether the address is right and no firewall is between"
+            )
+        return f"process 0 answers at {coordinator}, but others of the {count} do not; {started}"
+    return (
+        f"this is process 0 of {count}, and some of the others have not come to {coordinator}; "
+        f"{started}, and can reach that address through firewalls"
+    )
 
 
 def is_first() -> bool:

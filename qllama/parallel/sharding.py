@@ -39,12 +39,27 @@ LARGEST_SIZE = 8
 """Sizes to propose to a user go up to this: the devices of the usual host."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
-    """The rectangle of a weight `[N, K]` that one device holds. Rows from N on are zeros."""
+    """The rectangle of a weight `[N, K]` that one device holds. Rows from N on are zeros.
+
+    It may be of the weight with its rows, or its columns, in another order: see `group_order`.
+    """
 
     rows: slice
     columns: slice
+    row_order: np.ndarray | None = None  # int [N]: the old places of the rows; needs `rows_move`
+    column_order: np.ndarray | None = None  # int [K], likewise; a `group_order`
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`[N, K]` of the part."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def row_index(self) -> slice | np.ndarray:
+        """Where its rows are in the weight."""
+        return self.rows if self.row_order is None else self.row_order[self.rows]
 
 
 def split_kind(path: str) -> Kind:
@@ -100,33 +115,35 @@ def part_of(
 def shard_weight[W: np.ndarray | QTensor](weight: W, part: Part) -> W:
     """`part` of a host weight: views where rows and columns allow it.
 
+    Arrays that are not read yet are only indexed, if they can be; 4-bit codes in another order of
+    columns are read, for their part.
+
     Columns that are in groups out of order (`g_idx`) are sliced as they lie, and the scales of all
-    groups stay: `g_idx` goes on naming them. For groups in order only the part's own stay, so
-    `in_group_order` comes first where whoever makes the input can follow its order.
+    groups stay: `g_idx` goes on naming them. For groups in order only the part's own stay, hence
+    `column_order`, where whoever makes the input can follow it.
     """
     if not isinstance(weight, QTensor):
-        return _rows(weight, part.rows)[:, part.columns]
-    grid = _grid_part(weight, part)
+        columns = part.columns if part.column_order is None else part.column_order[part.columns]
+        return _rows(weight, part.row_index)[:, columns]
+    rows, columns = _grid_index(weight, part)
 
     def of_grid(array: Any) -> Any:
-        return None if array is None else _rows(array, grid.rows)[:, grid.columns]
+        return None if array is None else _rows(array, rows)[:, columns]
 
-    packed = 2 if weight.scheme.bits == 4 else 1
-    columns = part.columns
-    codes = slice(columns.start // packed, -(-columns.stop // packed))
+    ordered = part.column_order is not None
     return replace(
         weight,
-        codes=_rows(weight.codes, part.rows)[:, codes],
+        codes=_columns_of_codes(_rows(weight.codes, part.row_index), part, weight.scheme.bits),
         scales=of_grid(weight.scales),
         zeros=of_grid(weight.zeros),
-        g_idx=None if weight.g_idx is None else weight.g_idx[columns],
-        shape=(part.rows.stop - part.rows.start, columns.stop - columns.start),
+        g_idx=None if weight.g_idx is None or ordered else weight.g_idx[part.columns],
+        shape=part.shape,
     )
 
 
 def shard_bias(bias: np.ndarray, part: Part) -> np.ndarray:
     """The bias `[N]` of the rows of `part`."""
-    return _rows(bias, part.rows)
+    return _rows(bias, part.row_index)
 
 
 def shard_kv_scales(
@@ -138,12 +155,12 @@ def shard_kv_scales(
     return scales[kv_heads(config, rank, size)]
 
 
-def in_group_order(weight: QTensor) -> tuple[QTensor, np.ndarray] | None:
-    """A host weight with its columns sorted by their groups, so that it needs no `g_idx`.
+def group_order(weight: QTensor) -> np.ndarray | None:
+    """The order of its columns in which a host weight needs no `g_idx`.
 
     Returns:
-        It, and the order in which it takes the columns of its input, int64 `[K]`; None where there
-        is no `g_idx`, or groups that are not full would not lie side by side.
+        Where each column is now, int64 `[K]`; None where there is no `g_idx`, or groups that are
+        not full would not lie side by side.
     """
     k, group = weight.shape[1], weight.scheme.group_size
     if weight.g_idx is None or group is None:
@@ -151,42 +168,37 @@ def in_group_order(weight: QTensor) -> tuple[QTensor, np.ndarray] | None:
     order = np.argsort(weight.g_idx, kind="stable")
     if (weight.g_idx[order] != np.arange(k) // group).any() or k % 2:
         return None
-    return replace(weight, codes=_take_columns(weight, order), g_idx=None), order
+    return order
 
 
-def take_rows[W: np.ndarray | QTensor](weight: W, order: np.ndarray) -> W | None:
-    """A host weight with its rows in another order; None where blocks of rows share scales."""
-    if not isinstance(weight, QTensor):
-        return weight[order]
-    n, rows = weight.shape[0], weight.group_size[0]
-    if rows not in (1, n):
-        return None
-
-    def of_grid(array: Any) -> Any:
-        return array if array is None or array.shape[0] == 1 else array[order]
-
-    return replace(
-        weight,
-        codes=weight.codes[order],
-        scales=of_grid(weight.scales),
-        zeros=of_grid(weight.zeros),
-    )
+def rows_move(weight: np.ndarray | QTensor) -> bool:
+    """Whether the rows can be in another order: not where blocks of them share scales."""
+    return not isinstance(weight, QTensor) or weight.group_size[0] in (1, weight.shape[0])
 
 
-def _take_columns(weight: QTensor, order: np.ndarray) -> np.ndarray:
-    codes = np.asarray(weight.codes)
-    if weight.scheme.bits == 8:
-        return codes[:, order]
-    nibbles = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(len(codes), -1)[:, order]
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+def _columns_of_codes(codes: Any, part: Part, bits: int) -> Any:
+    """The columns of `part` of codes that are rows of it already."""
+    columns = part.columns
+    if part.column_order is None:
+        packed = 2 if bits == 4 else 1
+        return codes[:, slice(columns.start // packed, -(-columns.stop // packed))]
+    wanted = part.column_order[columns]
+    if bits == 8:
+        return codes[:, wanted]
+    octets = np.asarray(codes[:, wanted // 2])
+    nibbles = (octets >> (wanted % 2 * 4).astype(np.uint8)) & np.uint8(0xF)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4))
 
 
-def _grid_part(weight: QTensor, part: Part) -> Part:
+def _grid_index(weight: QTensor, part: Part) -> tuple[slice | np.ndarray, slice]:
     """Which scales belong to `part`."""
     (rows, columns), (tall, wide) = weight.group_size, weight.scales.shape
-    return Part(
-        _covering(part.rows, rows, tall),
-        slice(0, wide) if weight.g_idx is not None else _covering(part.columns, columns, wide),
+    own = weight.g_idx is None or part.column_order is not None
+    return (
+        part.row_index
+        if part.row_order is not None and tall > 1
+        else _covering(part.rows, rows, tall),
+        _covering(part.columns, columns, wide) if own else slice(0, wide),
     )
 
 
@@ -195,12 +207,12 @@ def _covering(span: slice, block: int, blocks: int) -> slice:
     return slice(0, 1) if blocks == 1 else slice(span.start // block, -(-span.stop // block))
 
 
-def _rows(array: Any, rows: slice) -> Any:
+def _rows(array: Any, rows: slice | np.ndarray) -> Any:
     """`array[rows]`, with zeros for the rows that there are not."""
     taken = array[rows]
-    missing = rows.stop - rows.start - taken.shape[0]
-    if not missing:
+    if isinstance(rows, np.ndarray) or rows.stop - rows.start == taken.shape[0]:
         return taken
+    missing = rows.stop - rows.start - taken.shape[0]
     return np.concatenate([taken, np.zeros((missing, *taken.shape[1:]), taken.dtype)])
 
 

@@ -32,6 +32,7 @@ class QTensor:
     - `zeros` is int16 like `scales`, present just when the scheme is asymmetric. One value above
       the signed code range is allowed: GPTQ v1 can store it;
     - `g_idx` is int32 `[K]`, only for strategy "group", only when not simply `k // group_size`;
+      a part of the columns of such a weight keeps the scales and zeros of all groups;
     - `layout` is "natural": all of the above is said of it. `packed` gives another one, that of a
       kernel (`qllama_kernels.dispatch.pack`), with the `columns` in which it takes its input;
     - `input_scale` is a float32 scalar, present just when activations are static; `input_zero` an
@@ -108,6 +109,8 @@ class QTensor:
         columns = -(-k // 2) if scheme.bits == 4 else k
         _expect("codes", self.codes, dtype, (n, columns))
         grid = scheme.scale_shape(self.shape)
+        if self.g_idx is not None and self.scales.ndim == 2:
+            grid = grid[0], max(grid[1], self.scales.shape[1])
         _expect("scales", self.scales, None, grid)
         _check_scales(np.asarray(self.scales, np.float32))
         if (self.zeros is not None) == scheme.symmetric:

@@ -1,7 +1,8 @@
 """One module per way a quantized Linear lies on disk, named as the field names it.
 
-Each has `read(tensors, shape, spec) -> QTensor`; `parse(config, checkpoint, linears)` where the
-format brings its own `quantization_config` (those of compressed-tensors share one, see
+Each has `read(tensors, shape, spec) -> QTensor`, or where parts can be read by themselves, `view`
+of the same form; `parse(config, checkpoint, linears)` where the format brings its own
+`quantization_config` (those of compressed-tensors share one, see
 `qllama_convert.compressed_tensors`); and `write(weight) -> {suffix: array}` where qllama exports
 it. Reading raises `CheckpointError`; writing raises `ValueError` for a weight that the format
 cannot hold. A weight is `[N, K]`, out and in features, whatever the file does.

@@ -159,11 +159,16 @@ def read_g_idx(
     return g_idx
 
 
+def stored_g_idx(checkpoint: Checkpoint, path: str) -> str | None:
+    """The name under which a Linear has an index of its columns' groups, if it has one."""
+    return next((suffix for suffix in _G_IDX if f"{path}.{suffix}" in checkpoint.tensors), None)
+
+
 def is_reordered(
     checkpoint: Checkpoint, path: str, scheme: QuantScheme, shape: tuple[int, ...]
 ) -> bool:
     """Whether a stored index puts the columns of a Linear in other groups than their own."""
-    suffix = next((s for s in _G_IDX if f"{path}.{s}" in checkpoint.tensors), None)
+    suffix = stored_g_idx(checkpoint, path)
     if suffix is None or scheme.group_size is None:
         return False
     g_idx = checkpoint.read(f"{path}.{suffix}")

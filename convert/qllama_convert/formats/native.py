@@ -61,28 +61,32 @@ def section(schemes: Mapping[str, QuantScheme]) -> dict[str, Any]:
     }
 
 
-def read(tensors: ModuleTensors, shape: tuple[int, int], spec: LinearSpec) -> QTensor:
-    """The weight `[N, K]` of one Linear."""
+def view(tensors: ModuleTensors, shape: tuple[int, int], spec: LinearSpec) -> QTensor:
+    """The weight `[N, K]` of one Linear; its codes, scales and zeros are views, not read yet."""
     (n, k), scheme = shape, spec.scheme
     grid = scheme.scale_shape(shape)
     columns = -(-k // 2) if scheme.bits == 4 else k
-    codes = tensors.read("codes", dtypes=(_CODES[scheme.weight_dtype],), shape=(n, columns))
-    if scheme.weight_dtype == "float8_e4m3fn":
-        refuse_nan(tensors, "codes", codes)
+    codes = tensors.view("codes", dtypes=(_CODES[scheme.weight_dtype],), shape=(n, columns))
 
     def optional(suffix: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray | None:
         return tensors.read(suffix, dtypes=(dtype,), shape=shape) if suffix in tensors else None
 
     return QTensor(
         codes=codes,
-        scales=tensors.read("scales", dtypes=FLOATS, shape=grid),
-        zeros=optional("zeros", "I16", grid),
+        scales=tensors.view("scales", dtypes=FLOATS, shape=grid),
+        zeros=tensors.view("zeros", dtypes=("I16",), shape=grid) if "zeros" in tensors else None,
         g_idx=optional("g_idx", "I32", (k,)),
         input_scale=optional("input_scale", "F32", ()),
         input_zero=optional("input_zero", "I8", ()),
         scheme=scheme,
         shape=shape,
     )
+
+
+def check(tensors: ModuleTensors, weight: QTensor) -> None:
+    """Raise `CheckpointError` for codes that no quantizer means, in a weight or a part of one."""
+    if weight.scheme.weight_dtype == "float8_e4m3fn":
+        refuse_nan(tensors, "codes", weight.codes)
 
 
 def write(weight: QTensor) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """plain: an unquantized Linear, `weight` `[N, K]` in BF16, F16 or F32, as stored."""
 
+from typing import Any
+
 import numpy as np
 
 from qllama_convert.module_tensors import FLOATS, ModuleTensors
@@ -7,8 +9,8 @@ from qllama_convert.module_tensors import FLOATS, ModuleTensors
 _QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "weight_packed", "weight_scale_inv", "codes")
 
 
-def read(tensors: ModuleTensors, shape: tuple[int, int]) -> np.ndarray:
-    """The weight `[N, K]` as stored, without infinity or NaN.
+def view(tensors: ModuleTensors, shape: tuple[int, int]) -> Any:
+    """The weight `[N, K]` as stored, not read yet; `ModuleTensors.check_floats` is for its values.
 
     Raises:
         CheckpointError: also when the module carries a quantized weight after all.
@@ -21,7 +23,7 @@ def read(tensors: ModuleTensors, shape: tuple[int, int]) -> np.ndarray:
             f"the config says this Linear is not quantized, but it has {', '.join(packed)}; "
             "correct the config's list of ignored modules"
         )
-    return tensors.read_floats("weight", shape)
+    return tensors.view("weight", dtypes=FLOATS, shape=shape)
 
 
 def write(weight: np.ndarray) -> dict[str, np.ndarray]:

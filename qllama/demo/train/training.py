@@ -93,8 +93,10 @@ def add_dropout(model: Llama, rate: float, key: jax.Array) -> None:
     """Drop, at random, elements of what each attention and MLP adds to the residual stream."""
     keys = jax.random.split(key, (len(model.layers), 2))
     for layer, (first, second) in zip(model.layers, keys, strict=True):
-        layer.self_attn.o_proj = Dropped(layer.self_attn.o_proj, rate, first)
-        layer.mlp.down_proj = Dropped(layer.mlp.down_proj, rate, second)
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        attention.o_proj = Dropped(attention.o_proj, rate, first)
+        mlp.down_proj = Dropped(mlp.down_proj, rate, second)
 
 
 def mean_loss(model: Llama, tokens: jax.Array) -> jax.Array:
