@@ -63,9 +63,13 @@ CASES = [
     Case(scheme="W8A8", settings={"smoothquant_strength": 0.5}, peer="w8a8_gptq"),
     Case(scheme="W8A8", settings={"observer": "absmax", **UNSMOOTHED}, peer="w8a8_gptq"),
     Case(scheme="W8A8", settings={"observer": "mse", **UNSMOOTHED}, peer="w8a8_gptq"),
+    Case(scheme="FP8", settings=RTN, peer="fp8"),
     Case(scheme="FP8", peer="fp8"),
+    Case(scheme="FP8", settings={"observer": "absmax"}, peer="fp8"),
     Case(scheme="FP8", settings={"kv_cache_scheme": "fp8"}),
+    Case(scheme="FP8_DYNAMIC", settings=RTN, peer="fp8_dynamic"),
     Case(scheme="FP8_DYNAMIC", peer="fp8_dynamic"),
+    Case(scheme="FP8_BLOCK", settings=RTN),
     Case(scheme="FP8_BLOCK"),
 ]
 

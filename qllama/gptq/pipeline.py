@@ -65,7 +65,8 @@ def quantize(
         dataset: calibration texts, see `load_calibration`. For schemes that need them.
         num_calibration_samples: sequences of it to use.
         max_seq_length: tokens of the longest sequence.
-        algorithm: "gptq", or "rtn" for rounding to nearest. FP8 weights are always rounded.
+        algorithm: "gptq", or "rtn" for rounding to nearest. FP8_DYNAMIC and FP8_BLOCK weights are
+            rounded where there is no `dataset`.
         group_size: columns per scale of schemes with groups, in place of 128; -1: one per row.
         actorder: "static" or None, see `GPTQOptions`.
         observer: how scales are chosen: "hdiag", "mse" or "absmax", see `choose_scales`.

@@ -97,7 +97,8 @@ def make_recipe(
         dataset: see `load_calibration`.
         num_calibration_samples: see there.
         max_seq_length: see there.
-        algorithm: "gptq", or "rtn" for rounding to nearest. FP8 weights are always rounded.
+        algorithm: "gptq", or "rtn" for rounding to nearest. FP8 weights whose inputs need no
+            calibration are rounded where there is no `dataset`.
         group_size: columns per scale of schemes with groups, in place of the scheme's; -1: one
             scale per row.
         actorder: "static" or None, see `GPTQOptions`.
@@ -216,10 +217,17 @@ def _linear(settings: Settings, place: str) -> LinearRecipe:
         options = GPTQOptions(**{name: settings[name] for name in _OPTIONS if name in settings})
     except ValueError as error:
         raise ValueError(f"{place}{error}") from error
-    rounded = scheme.weight_dtype == "float8_e4m3fn"
+    rounded = _needs_no_data(scheme) and settings.get("dataset") is None
     return LinearRecipe(
         scheme=scheme, algorithm="rtn" if rounded else settings["algorithm"], options=options
     )
+
+
+def _needs_no_data(scheme: QuantScheme) -> bool:
+    """Whether one expects a checkpoint of this scheme to be made without calibration."""
+    activations = scheme.activations
+    dynamic = activations is None or activations.dynamic
+    return scheme.weight_dtype == "float8_e4m3fn" and dynamic
 
 
 def _unused(settings: Settings, linears: Sequence[LinearRecipe]) -> Iterator[str]:
