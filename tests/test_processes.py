@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import qllama
 from qllama import LLM, SamplingParams
 from qllama.cli import build_parser, generate, main
 from qllama.parallel.mesh import make_mesh
@@ -130,6 +131,17 @@ def test_four_devices_in_processes_are_four_devices(
         assert codes == [0] * count, processes.err(0)
         assert processes.out(0) == expected_text(model, 24, size=4) + "\n"
         assert [processes.out(i) for i in range(1, count)] == [""] * (count - 1)
+
+
+@pytest.mark.slow
+def test_processes_read_their_parts_of_a_native_folder(tiny_llama3, tmp_path: Path) -> None:
+    source = tiny_llama3("gptq_w4_g128_desc_act")
+    native = tmp_path / "native"
+    qllama.convert(source, native, to="native")
+    with started(2, tmp_path, arguments(native, 2, 24)) as processes:
+        codes = [processes.wait(i) for i in range(2)]
+        assert codes == [0, 0], processes.err(0)
+        assert processes.out(0) == expected_text(source, 24, size=2) + "\n"
 
 
 @pytest.mark.parametrize(
