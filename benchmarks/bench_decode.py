@@ -8,7 +8,8 @@ backend and peer is a process of its own. They load and compile side by side and
 after the other. A step is the difference between generating many tokens and a few, over the
 difference in tokens, so that reading the prompt and the first dispatch cancel. `limit` is what
 the card's measured read bandwidth allows: every weight and every key and value read once a step.
-`parts` are microseconds of a step: matmuls, other kernels, copies, and gaps between them.
+`parts` are microseconds of a step: matmuls, attention, other kernels, copies, and gaps between
+them.
 """
 
 import argparse
@@ -174,6 +175,10 @@ def traced(run: Callable[[], object]) -> "Counter[str]":
 
 def kind(kernel: str) -> str:
     name = kernel.lower()
+    if "attention" in name:
+        return "attention"
+    if "row_kernel" in name or "allreduce" in name:
+        return "other kernels"
     if any(word in name for word in ("mosaic", "gemm", "gemv", "nvjet", "cutlass", "_dot")):
         return "matmuls"
     return "copies" if "memcpy" in name or "memset" in name else "other kernels"

@@ -56,7 +56,8 @@ def main() -> None:
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
     from qllama_kernels import rows, tuning
-    from test_kernels_tuning import SHAPES, TABLE, operands, product
+    from qllama_kernels.attention import decode_attention
+    from test_kernels_tuning import DEVICES, SHAPES, TABLE, operands, product
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
@@ -73,17 +74,37 @@ def main() -> None:
         print(json.dumps({**name, "spilled": spills}), flush=True)
 
     done = set()
-    blocks = [("fp8_block", *shape, m) for shape in SHAPES[::3] for m in tuning.M_BUCKETS]
+    blocks = [
+        (DEVICES[0], "fp8_block", *shape, m) for shape in SHAPES[::3] for m in tuning.M_BUCKETS
+    ]
     for key in sorted(TABLE) + blocks:
-        scheme, n, k, m = key
+        device, scheme, n, k, m = key
         group = 128 if scheme in ("w4a16", "fp8_block") else None
         problem = tuning.Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
-        config = tuning.choose(problem, "NVIDIA H200")
+        config = tuning.choose(problem, device)
         if (scheme, config) in done:
             continue
         done.add((scheme, config))
         name = {"product": key, "config": str(config)}
         compile_and_print(name, product(problem, config), *operands(problem))
+
+    attend = partial(decode_attention, backend="pallas")
+    for dtype, cached, d, capacity, group in itertools.product(
+        ("bfloat16", "float16"), (None, "float8_e4m3fn"), (64, 128), (256, 4096), (1, 3, 4, 8)
+    ):
+        angles = jax.ShapeDtypeStruct((16, d // 2), jnp.float32)
+        cache = jax.ShapeDtypeStruct((16, 8, capacity, d), cached or dtype)
+        compile_and_print(
+            {"decode_attention": d, "dtype": dtype, "cache": cached, "capacity": capacity,
+             "group": group},
+            attend,
+            jax.ShapeDtypeStruct((16, (8 * group + 16) * d), dtype),
+            angles,
+            angles,
+            jax.ShapeDtypeStruct((16,), jnp.int32),
+            cache,
+            cache,
+        )  # fmt: skip
 
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     sums = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

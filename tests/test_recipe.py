@@ -58,9 +58,15 @@ def test_arguments() -> None:
     assert per_row.options.actorder is None
 
 
-def test_float8_weights_are_rounded_to_nearest() -> None:
-    for scheme in ("FP8", "FP8_DYNAMIC", "FP8_BLOCK"):
-        assert make_recipe(scheme=scheme).default.algorithm == "rtn"
+def test_float8_weights_are_solved_where_there_is_data() -> None:
+    def algorithm(**arguments: Any) -> str:
+        return make_recipe(**arguments).default.algorithm
+
+    assert algorithm(scheme="FP8") == "gptq"  # which needs data for its activations
+    for scheme in ("FP8_DYNAMIC", "FP8_BLOCK"):
+        assert algorithm(scheme=scheme) == "rtn"
+        assert algorithm(scheme=scheme, dataset="a.txt") == "gptq"
+        assert algorithm(scheme=scheme, dataset="a.txt", algorithm="rtn") == "rtn"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,7 @@ def test_float8_weights_are_rounded_to_nearest() -> None:
         ({"scheme": "FP8_DYNAMIC", "smoothquant_strength": 0.8}, False),
         ({"scheme": "FP8_DYNAMIC", "kv_cache_scheme": "fp8"}, True),
         ({"scheme": "FP8_BLOCK"}, False),
+        ({"scheme": "FP8_BLOCK", "dataset": "a.txt"}, True),
     ],
 )
 def test_what_needs_calibration(arguments: dict[str, Any], needed: bool) -> None:
@@ -189,8 +196,17 @@ def test_int8_activations_are_smoothed_where_gptq_sees_them() -> None:
         ({}, []),
         ({"dampening_frac": 0.1, "observer": "mse", "dataset": "a.txt"}, []),
         (
-            {"scheme": "FP8_DYNAMIC", "dampening_frac": 0.1, "observer": "mse", "dataset": "a.txt"},
-            ["observer", "dampening_frac", "dataset"],
+            {
+                "scheme": "FP8_DYNAMIC",
+                "dampening_frac": 0.1,
+                "observer": "mse",
+                "max_seq_length": 9,
+            },
+            ["observer", "dampening_frac", "max_seq_length"],
+        ),
+        (
+            {"scheme": "FP8_DYNAMIC", "algorithm": "rtn", "dataset": "a.txt"},
+            ["dataset"],
         ),
         ({"scheme": "FP8", "dataset": "a.txt", "group_size": 64}, ["group_size"]),
         ({"scheme": "W8A8", "group_size": 64, "smoothquant_strength": 0.5}, ["group_size"]),
