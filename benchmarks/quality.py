@@ -66,6 +66,7 @@ CASES = [
     Case(scheme="FP8", settings=RTN, peer="fp8"),
     Case(scheme="FP8", peer="fp8"),
     Case(scheme="FP8", settings={"observer": "absmax"}, peer="fp8"),
+    Case(scheme="FP8", settings={**RTN, "kv_cache_scheme": "fp8"}),
     Case(scheme="FP8", settings={"kv_cache_scheme": "fp8"}),
     Case(scheme="FP8_DYNAMIC", settings=RTN, peer="fp8_dynamic"),
     Case(scheme="FP8_DYNAMIC", peer="fp8_dynamic"),
