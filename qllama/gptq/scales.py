@@ -176,8 +176,11 @@ def _wide(values: jax.Array, scheme: QuantScheme, n: int) -> jax.Array:
 
 def _round_to_float8(x: jax.Array) -> jax.Array:
     # A cast there and back may be optimised away. float8_e4m3 has 3 bits of fraction, and below
-    # 2^-6 the constant step 2^-9; dividing by a power of two is exact.
+    # 2^-6 the constant step 2^-9; multiplying by a power of two is exact.
     exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
     step_exponent = jnp.maximum(exponent, 127 - 6) - 3
-    step = lax.bitcast_convert_type(step_exponent << 23, jnp.float32)
-    return jnp.round(x / step) * step
+
+    def power(biased: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(biased << 23, jnp.float32)
+
+    return jnp.round(x * power(254 - step_exponent)) * power(step_exponent)
