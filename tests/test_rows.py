@@ -49,9 +49,15 @@ def residual_norm(seed, m, d, s, dtype, codes, backend, addend_dtype="float32"):
     return rows.residual_norm(x, addends, weight, eps=1e-5, codes=codes, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("m", "d", "s"), [(1, 128, 8), (3, 384, 2), (16, 128, 4), (33, 128, 1), (1, 4096, 2)]
+    ("m", "d", "s", "dtype"),
+    [
+        (1, 128, 8, "bfloat16"),
+        (3, 384, 2, "float16"),
+        (16, 128, 4, "bfloat16"),
+        (33, 128, 1, "bfloat16"),
+        (1, 4096, 2, "bfloat16"),
+    ],
 )
 @every_code
 def test_residual_norm(m, d, s, codes, dtype):
@@ -73,8 +79,15 @@ def test_rounding_of_sums(dtype):
         assert np.mean(np.asarray(normed != expected)) < 2e-3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize(("m", "d", "s"), [(1, 128, 8), (3, 384, 2), (33, 128, 1), (2, 14336, 1)])
+@pytest.mark.parametrize(
+    ("m", "d", "s", "dtype"),
+    [
+        (1, 128, 8, "float32"),
+        (3, 384, 2, "float16"),
+        (33, 128, 1, "bfloat16"),
+        (2, 14336, 1, "bfloat16"),
+    ],
+)
 @every_code
 def test_swiglu(m, d, s, codes, dtype):
     gate_up = random(m, s, m, 2 * d, scale=3.0)
@@ -82,8 +95,9 @@ def test_swiglu(m, d, s, codes, dtype):
     assert_equal(run(backend="interpret"), run(backend="xla"))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize(("m", "k"), [(1, 4096), (3, 384), (16, 128)])
+@pytest.mark.parametrize(
+    ("m", "k", "dtype"), [(1, 4096, "bfloat16"), (3, 384, "float16"), (16, 128, "float32")]
+)
 @pytest.mark.parametrize("codes", [c for c in CODES.values() if c], ids=list(CODES)[1:])
 def test_quantize(m, k, codes, dtype):
     x = random(m, m, k, dtype=dtype)
