@@ -168,11 +168,19 @@ def test_heuristic_knows_odd_shapes(shape):
 
 
 def test_the_table_is_used_on_its_device_only():
-    key = next(key for key in sorted(TABLE) if key[0] == "w4a16")
-    scheme, n, k, m = key
-    problem = Problem(scheme=scheme, m=m, n=n, k=k, group_size=128)
-    assert tuning.choose(problem, "NVIDIA H200") == tuning.from_record(TABLE[key])
-    assert tuning.choose(problem, "some other card") == tuning.heuristic(problem)
+    for device in DEVICES:
+        key = next(key for key in sorted(TABLE) if key[:2] == (device, "w4a16"))
+        _, scheme, n, k, m = key
+        problem = Problem(scheme=scheme, m=m, n=n, k=k, group_size=128)
+        assert tuning.choose(problem, device) == tuning.from_record(TABLE[key])
+        assert tuning.choose(problem, "some other card") == tuning.heuristic(problem)
+
+
+def test_an_h100_has_its_own_configs_and_the_others_of_an_h200():
+    h200, h100 = (tuning.table(device) for device in DEVICES)
+    assert h200.keys() <= h100.keys()
+    assert any(h100[key] != h200[key] for key in h200)
+    assert any(h100[key] == h200[key] for key in h200)
 
 
 def test_an_unknown_device_runs_no_kernels_by_itself():
