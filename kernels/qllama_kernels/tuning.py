@@ -188,9 +188,7 @@ _XLA_MARGIN = 4 / 3
 
 def xla_is_faster(problem: Problem, device_kind: str = "") -> bool:
     """Whether XLA was measured to beat the best kernel, by what that is worth in a model."""
-    if problem.scheme == "fp8" and problem.m > M_BUCKETS[-1]:
-        return True
-    if problem.scheme == "fp8_block" and problem.m > M_BUCKETS[-1]:
+    if problem.scheme in ("fp8", "fp8_block") and problem.m > M_BUCKETS[-1]:
         return True
     if X_BYTES[problem.scheme] == 2 or problem.m > M_BUCKETS[-1]:
         return False
