@@ -8,8 +8,9 @@ import pytest
 from qllama.config import LlamaConfig
 from qllama.engine.buckets import bucket
 from qllama.engine.engine import Engine
+from qllama.engine.programs import Features
 from qllama.engine.request import Request
-from qllama.engine.runner import Features, Runner
+from qllama.engine.runner import Runner
 from qllama.engine.sampling_params import SamplingParams
 from qllama.model.init import init_llama
 
@@ -90,9 +91,9 @@ def test_a_second_run_compiles_nothing() -> None:
     engine = make_engine(runner)
     lengths = [3, 40, 17, 90, 5]
     run(engine, [request(n) for n in lengths])
-    known = set(runner.programs)
+    known = set(runner.compiled)
     run(engine, [request(n, seed=1) for n in lengths])
-    assert set(runner.programs) == known
+    assert set(runner.compiled) == known
 
 
 def test_a_sequence_that_is_not_finite_ends_and_harms_nobody() -> None:
@@ -133,8 +134,8 @@ def test_features_are_the_least_that_serves_all() -> None:
 def decode_text(runner: Runner) -> str:
     """The optimized program of the last decode that `runner` compiled."""
     run(make_engine(runner), [request(5), request(6)])
-    (key,) = [key for key in runner.programs if key[0] == "decode"]
-    return runner.programs[key].as_text()
+    (key,) = [key for key in runner.compiled if key[0] == "decode"]
+    return runner.compiled[key].as_text()
 
 
 def test_decode_copies_no_cache_and_asks_the_host_nothing() -> None:

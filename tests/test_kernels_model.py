@@ -10,7 +10,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from qllama import LLM, SamplingParams
-from qllama.engine import runner
+from qllama.engine import programs
+from qllama.engine.runner import Runner
 from qllama.model.dense import QuantDense
 from qllama.model.kv_cache import init_cache
 
@@ -64,12 +65,12 @@ def test_a_decode_step_lowers_for_a_gpu_with_each_kernel_once(
     assert {layer.weight.get_value().layout for layer in layers} == {layout}
     graphdef, state = nnx.split(llm.model)
     cache = init_cache(llm.config, 8, 128, llm.kv_cache_dtype)
-    slots = runner.Runner(llm.model, cache_dtype=llm.kv_cache_dtype, steps=1)
-    slots.reset(8, runner.Features())
+    slots = Runner(llm.model, cache_dtype=llm.kv_cache_dtype, steps=1)
+    slots.reset(8, programs.Features())
 
     def decode(state: nnx.State, cache: object, slots: object, alive: jax.Array) -> object:
         model = nnx.merge(graphdef, state)
-        return runner._decode(model, cache, slots, alive, steps=8, features=runner.Features())
+        return programs.decode(model, cache, slots, alive, steps=8, features=programs.Features())
 
     traced = jax.jit(decode).trace(state, cache, slots.slots, np.ones(8, bool))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

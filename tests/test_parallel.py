@@ -17,7 +17,7 @@ from qllama_convert.names import weight_shapes
 from test_golden import all_logits, assert_near, quantizes_activations, tolerances
 
 from qllama import LLM, SamplingParams
-from qllama.engine import runner
+from qllama.engine import programs
 from qllama.engine.replicas import spread
 from qllama.engine.request import Request
 from qllama.model.dense import make_dense
@@ -261,8 +261,8 @@ def test_a_decode_step_sums_twice_a_layer_and_gathers_once(tiny_llama3) -> None:
     with LLM(tiny_llama3("ct_w8a8_int8"), dtype="float32", tensor_parallel_size=2) as llm:
         greedy(llm)
         run = llm._engines[0].runner
-        (key,) = [key for key in run.programs if key[0] == "decode"]
-        text = run.programs[key].as_text()
+        (key,) = [key for key in run.compiled if key[0] == "decode"]
+        text = run.compiled[key].as_text()
         cache = ",".join(map(str, run.cache.layers[0].keys.addressable_shards[0].data.shape))
         layers = llm.config.num_hidden_layers
     collectives = re.findall(r" = \S+ (all-\w+|reduce-scatter|collective-\w+)\(", text)
@@ -279,9 +279,9 @@ def test_a_sharded_decode_step_lowers_for_gpus(tiny_llama3, kind: str, rows: int
     """Each device packed its own parts; the kernels run on them inside the `shard_map`."""
     with LLM(tiny_llama3(kind), dtype="bfloat16", backend="pallas", tensor_parallel_size=2) as llm:
         run = llm._engines[0].runner
-        run.reset(8, runner.Features())
+        run.reset(8, programs.Features())
         run.reserve(128)
-        step = functools.partial(runner._decode, steps=8, features=runner.Features())
+        step = functools.partial(programs.decode, steps=8, features=programs.Features())
         step.__name__ = "decode"
         arguments = (run.leaves, run.cache, run.slots, np.ones(8, bool))
         jitted = run._jit(run._with_leaves(step), arguments, (1, 2), None)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qllama.engine.buckets import bucket
+from qllama.engine.programs import Features
 from qllama.engine.request import Burst, Request
-from qllama.engine.runner import Features, Runner
+from qllama.engine.runner import Runner
 
 SMALLEST_CHUNK = 16  # tokens: shorter prompts are padded to this
 SMALLEST_CAPACITY = 128

@@ -1,17 +1,13 @@
-"""The compiled programs of a model and the device state they work on.
+"""The driver of a model's programs: it owns the weights, the key-value cache and the slots, turns
+requests into arrays, and what comes back into tokens.
 
-Four programs: `prefill` reads a chunk of some prompts, `decode` runs several steps of all rows,
-`hidden` reads a chunk of a text that nothing is to follow, `logits` takes that to the vocabulary.
-Weights are arguments, cache and slots are donated;
-each program is compiled once per static shape and kept.
-
-Legend: B cache rows, P rows of a prefill, T tokens of a chunk, V vocabulary.
+Weights are arguments of the programs, cache and slots are donated; each program is compiled once
+per static shape and kept. What they compute is in `qllama.engine.programs`.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,89 +16,26 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qllama.engine import programs
 from qllama.engine.buckets import bucket
+from qllama.engine.programs import Chunk, Features, Slots
 from qllama.engine.request import Burst, Request, TopLogprobs
 from qllama.engine.sampler import (
     Penalties,
     SampleOutput,
     SamplingState,
     TokenLogprobs,
-    Variant,
     pack_bad_words,
     request_key,
-    sample,
-    token_logprobs,
-    variant_for,
 )
 from qllama.model.kv_cache import KVCache, grow_cache, init_cache
 from qllama.model.llama import Llama
 from qllama.parallel.mesh import make_mesh, replicated
 from qllama.parallel.placement import cache_sharding, partition_specs
 
-PROMPT_LOGPROBS_BLOCK = 64  # positions whose logits exist at a time
-
 # Small sums over GPUs in one kernel of XLA's own, not NCCL's: 64 dependent psums of [1, 8192] took
 # 20.7 us each in place of 25.3 on two H100s, of [64, 8192] 26.2 in place of 27.3 (jax 0.11.2).
 ONE_SHOT_SUMS = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Slots:
-    """One sequence per cache row: where it stands and how it is sampled."""
-
-    token: jax.Array  # int32 [B], the last token, not yet in the cache
-    length: jax.Array  # int32 [B], tokens in the cache
-    limit: jax.Array  # int32 [B], tokens the whole text may have
-    sampling: SamplingState
-    penalties: Penalties | None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of P prompts, all starting at position `start`."""
-
-    tokens: jax.Array  # int32 [P, T]
-    targets: jax.Array  # int32 [P, T], the prompt token after each
-    start: jax.Array  # int32 []
-    count: jax.Array  # int32 [P], tokens of the row in this chunk
-    length: jax.Array  # int32 [P], tokens of the whole prompt
-    rows: jax.Array  # int32 [P], its cache row; B for padding
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the programs of a run must be able to do; static, so part of what is compiled."""
-
-    variant: Variant = "greedy"
-    num_logprobs: int | None = None
-    num_prompt_logprobs: int | None = None
-    num_stop_ids: int = 8
-    # Words are two tokens long at least: with one, the tokens before their last would be an array
-    # of no elements, at which XLA's compiler crashes in programs over several devices (jax 0.11.2).
-    bad_words: tuple[int, int] = (1, 2)
-
-    @classmethod
-    def of(cls, requests: Sequence[Request]) -> "Features":
-        """The least that serves all of `requests`."""
-        variants = {variant_for(request.params) for request in requests}
-
-        def most(name: str) -> int | None:
-            counts = [getattr(request.params, name) for request in requests]
-            return max((c for c in counts if c is not None), default=None)
-
-        words = [word for request in requests for word in request.bad_words]
-        return cls(
-            variant=next(v for v in ("full", "sample", "greedy") if v in variants),
-            num_logprobs=most("logprobs"),
-            num_prompt_logprobs=most("prompt_logprobs"),
-            num_stop_ids=bucket(max(len(r.stop_ids) for r in requests), smallest=8),
-            bad_words=(
-                bucket(max(len(request.bad_words) for request in requests)),
-                bucket(max(map(len, words), default=1), smallest=2),
-            ),
-        )
 
 
 class Runner:
@@ -141,7 +74,7 @@ class Runner:
         # float32 means float32: GPUs would otherwise multiply in TF32.
         wide = model.embed_tokens[...].dtype == jnp.float32
         self.precision = "highest" if wide else "default"
-        self.programs: dict[tuple[Any, ...], Any] = {}
+        self.compiled: dict[tuple[Any, ...], Any] = {}
         self.features = Features()
         self.rows: list[Request | None] = []
         self.cache: KVCache | None = None
@@ -155,7 +88,9 @@ class Runner:
         self.rows = [None] * rows
         if self.cache is not None and self.cache.rows != rows:
             self.cache = None
-        self.slots = _free_slots(rows, self.config.vocab_size, features, replicated(self.mesh))
+        self.slots = programs.free_slots(
+            rows, self.config.vocab_size, features, replicated(self.mesh)
+        )
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens in every row."""
@@ -175,7 +110,7 @@ class Runner:
         rows = np.array([*requests, *[len(self.rows)] * padding], np.int32)
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *settings)
         self.slots = self._call(
-            _set_rows, self.slots, rows, stacked, donate=(0,), over=replicated(self.mesh)
+            programs.set_rows, self.slots, rows, stacked, donate=(0,), over=replicated(self.mesh)
         )
         for row, request in requests.items():
             self.rows[row] = request
@@ -185,7 +120,9 @@ class Runner:
         self.rows[row] = None
         if clear and self.cache is not None:
             row_id = np.int32(row)
-            self.cache = self._call(_clear_row, self.cache, row_id, donate=(0,), over=self.cached)
+            self.cache = self._call(
+                programs.clear_row, self.cache, row_id, donate=(0,), over=self.cached
+            )
 
     def prefill(self, rows: Sequence[int], start: int, size: int) -> Iterator[tuple[int, Burst]]:
         """Read prompt tokens `start` to `start + size` of the requests in `rows`.
@@ -215,7 +152,7 @@ class Runner:
             rows=row_ids,
         )
         self.cache, self.slots, output, prompt_logprobs = self._call_model(
-            _prefill,
+            programs.prefill,
             self.cache,
             self.slots,
             chunk,
@@ -238,7 +175,7 @@ class Runner:
         """Run `steps` steps of all occupied rows; yields each row with what it got."""
         alive = np.array([request is not None for request in self.rows])
         self.cache, self.slots, ran, output = self._call_model(
-            _decode,
+            programs.decode,
             self.cache,
             self.slots,
             alive,
@@ -262,7 +199,7 @@ class Runner:
             span = np.array([start, len(piece), len(tokens)], np.int32)
             context = bucket(start + chunk)
             cache, hidden = self._call_model(
-                _hidden, cache, padded, span, donate=(1,), context=context
+                programs.hidden, cache, padded, span, donate=(1,), context=context
             )
             yield hidden
 
@@ -276,7 +213,7 @@ class Runner:
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 `[N, V]` of hidden states `[N, D]`."""
-        _, logits = self._call_model(_logits, hidden, donate=())
+        _, logits = self._call_model(programs.logits, hidden, donate=())
         return logits
 
     def without_layers(self) -> "Runner":
@@ -380,16 +317,16 @@ class Runner:
 
         What it returns lies as `over` says; None: it is a program of the model.
         """
-        name = function.__name__.strip("_")
+        name = function.__name__
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
         key = (name, shapes, *static.values())
-        if key not in self.programs:
+        if key not in self.compiled:
             jitted = self._jit(functools.partial(function, **static), arguments, donate, over)
             with self.on_compile(name):
-                self.programs[key] = jitted.lower(*arguments).compile(
+                self.compiled[key] = jitted.lower(*arguments).compile(
                     compiler_options=self._options(name)
                 )
-        return self.programs[key](*arguments)
+        return self.compiled[key](*arguments)
 
     def _options(self, name: str) -> dict[str, bool] | None:
         """What XLA is told of a program: decoding sums little and often."""
@@ -413,145 +350,6 @@ class Runner:
                 check_vma=False,  # the kernels say nothing of how their results vary
             )
         return jax.jit(program, donate_argnums=donate, out_shardings=over)
-
-
-@functools.partial(jax.jit, static_argnames=("rows", "vocab_size", "features", "over"))
-def _free_slots(rows: int, vocab_size: int, features: Features, over: NamedSharding) -> Slots:
-    penalties = None
-    if features.variant == "full":
-        penalties = Penalties.neutral(rows, vocab_size, features.bad_words)
-    token, length, limit = (jnp.zeros(rows, jnp.int32) for _ in range(3))
-    sampling = SamplingState.neutral(rows, features.num_stop_ids)
-    slots = Slots(token, length, limit, sampling, penalties)
-    return jax.lax.with_sharding_constraint(slots, over)
-
-
-def _clear_row(cache: KVCache, row: jax.Array) -> KVCache:
-    return jax.tree.map(lambda layer: layer.at[row].set(0), cache)
-
-
-def _set_rows(slots: Slots, rows: jax.Array, values: Slots) -> Slots:
-    return jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), slots, values)
-
-
-def _take_rows(tree: Any, rows: jax.Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf.at[rows].get(mode="clip"), tree)
-
-
-def _prefill(
-    model: Llama, cache: KVCache, slots: Slots, chunk: Chunk, *, context: int, features: Features
-) -> tuple[KVCache, Slots, SampleOutput, TokenLogprobs | None]:
-    rows, size = chunk.tokens.shape
-    steps = jnp.arange(size)
-    positions = jnp.where(steps < chunk.count[:, None], chunk.start + steps, cache.capacity)
-    hidden, cache = model(
-        chunk.tokens, positions, cache, rows=chunk.rows, lengths=chunk.length, context=context
-    )
-    last = hidden[jnp.arange(rows), chunk.count - 1]
-    read = chunk.start + chunk.count  # tokens in the cache now
-    output = sample(
-        model.logits(last),
-        _take_rows(slots.sampling, chunk.rows),
-        read,
-        _take_rows(slots.penalties, chunk.rows),
-        variant=features.variant,
-        num_logprobs=features.num_logprobs,
-        bits_per_pass=_bits_per_pass(),
-    )
-    ended = jnp.where(read == chunk.length, chunk.rows, slots.token.shape[0])
-    drawn = jnp.full_like(slots.token, -1).at[ended].set(output.token, mode="drop")
-    slots = replace(
-        slots,
-        token=jnp.where(drawn < 0, slots.token, drawn),
-        length=slots.length.at[chunk.rows].set(read, mode="drop"),
-        penalties=None if slots.penalties is None else slots.penalties.update(drawn),
-    )
-    prompt_logprobs = None
-    if features.num_prompt_logprobs is not None:
-        prompt_logprobs = _prompt_logprobs(
-            model, hidden, chunk.targets, features.num_prompt_logprobs
-        )
-    return cache, slots, output, prompt_logprobs
-
-
-def _prompt_logprobs(
-    model: Llama, hidden: jax.Array, targets: jax.Array, count: int
-) -> TokenLogprobs:
-    """Log probabilities of `targets [P, T]` after `hidden [P, T, D]`, a block of T at a time."""
-    rows, size, width = hidden.shape
-    block = min(size, PROMPT_LOGPROBS_BLOCK)
-
-    def of_block(inputs: tuple[jax.Array, jax.Array]) -> TokenLogprobs:
-        block_hidden, block_targets = inputs  # [P, block, D], [P, block]
-        logits = model.logits(block_hidden).reshape(rows * block, -1)
-        logprobs = token_logprobs(logits, block_targets.reshape(-1), count)
-        return jax.tree.map(lambda leaf: leaf.reshape(rows, block, *leaf.shape[1:]), logprobs)
-
-    blocks = (
-        hidden.reshape(rows, size // block, block, width).swapaxes(0, 1),
-        targets.reshape(rows, size // block, block).swapaxes(0, 1),
-    )
-    logprobs = jax.lax.map(of_block, blocks)  # [blocks, P, block, ...]
-    return jax.tree.map(
-        lambda leaf: leaf.swapaxes(0, 1).reshape(rows, size, *leaf.shape[3:]), logprobs
-    )
-
-
-def _decode(
-    model: Llama, cache: KVCache, slots: Slots, alive: jax.Array, *, steps: int, features: Features
-) -> tuple[KVCache, Slots, jax.Array, SampleOutput]:
-    """`steps` steps of every row; a row that ends computes on, and nothing of it is kept."""
-
-    def step(
-        carry: tuple[KVCache, Slots, jax.Array], _: None
-    ) -> tuple[tuple[KVCache, Slots, jax.Array], tuple[jax.Array, SampleOutput]]:
-        cache, slots, alive = carry
-        positions = jnp.where(alive, slots.length, cache.capacity)
-        hidden, cache = model(
-            slots.token[:, None], positions[:, None], cache, lengths=slots.length + 1
-        )
-        output = sample(
-            model.logits(hidden[:, 0]),
-            slots.sampling,
-            slots.length + 1,
-            slots.penalties,
-            variant=features.variant,
-            num_logprobs=features.num_logprobs,
-            bits_per_pass=_bits_per_pass(),
-        )
-        drawn = jnp.where(alive, output.token, -1)
-        slots = replace(
-            slots,
-            token=jnp.where(alive, drawn, slots.token),
-            length=slots.length + alive,
-            penalties=None if slots.penalties is None else slots.penalties.update(drawn),
-        )
-        stopped = (drawn[:, None] == slots.sampling.stop_ids).any(axis=1)
-        full = slots.length + 1 >= slots.limit
-        return (cache, slots, alive & ~stopped & ~full), (alive, output)
-
-    # A static trip count: a GPU runs it without asking the host.
-    (cache, slots, _), (ran, output) = jax.lax.scan(step, (cache, slots, alive), length=steps)
-    return cache, slots, ran, output
-
-
-def _hidden(
-    model: Llama, cache: KVCache, tokens: jax.Array, span: jax.Array, *, context: int
-) -> tuple[KVCache, jax.Array]:
-    start, count, length = span
-    steps = jnp.arange(tokens.shape[1])
-    positions = jnp.where(steps < count, start + steps, cache.capacity)[None]
-    hidden, cache = model(tokens, positions, cache, lengths=length[None], context=context)
-    return cache, hidden[0]
-
-
-def _logits(model: Llama, hidden: jax.Array) -> tuple[None, jax.Array]:
-    return None, model.logits(hidden)
-
-
-def _bits_per_pass() -> int:
-    """Of the sampler's threshold search: a GPU's passes cost launches, a CPU's cost work."""
-    return 4 if jax.default_backend() == "gpu" else 1
 
 
 def _burst(request: Request, output: SampleOutput, places: Sequence[tuple[int, ...]]) -> Burst:
