@@ -9,6 +9,8 @@ are stored in chunks, so that a part is read without the whole.
 import errno
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ _ARRAY = "/.zarray"  # ends the key that describes an array
 # some tens of reads.
 _CHUNK_BYTES = 1 << 21
 _INDEX_BYTES = 1 << 26  # what the index of all chunks may take in memory; that of 70B takes a tenth
+
+# After a failure the folder has to stay away for this many looks, one every 50 ms.
+_QUIET_LOOKS = 10
+_WRITERS_END = 30.0  # seconds after which whoever still writes is left to the next export
 
 
 class OrbaxArray:
@@ -108,7 +114,7 @@ def write_orbax(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
 
     Raises:
         ValueError: two names do not fit into one tree, or there are none.
-        OSError: as writing does; `path` may then be there in part.
+        OSError: as writing does; nothing is left of `path`.
     """
     import orbax.checkpoint as ocp
 
@@ -131,6 +137,7 @@ def write_orbax(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     except ValueError as error:  # tensorstore's way to say that the disk is full
         number = re.search(r"os_error_code='(\d+)'", str(error))
         code = int(number[1]) if number else errno.EIO
+        _remove_for_good(path)
         raise OSError(code, os.strerror(code)) from error
     for file in (file for file in path.rglob("*") if file.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
@@ -138,6 +145,18 @@ def write_orbax(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _remove_for_good(path: Path) -> None:
+    """Remove a folder that is still being written: orbax gives up at the first failure, but
+    tensorstore's threads go on with the other arrays, and make the folder anew if it is gone.
+    """
+    end = time.monotonic() + _WRITERS_END
+    quiet = 0
+    while quiet < _QUIET_LOOKS and time.monotonic() < end:
+        quiet = 0 if path.exists() else quiet + 1
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _open_arrays(path: Path) -> dict[str, Any]:
