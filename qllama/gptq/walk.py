@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 from qllama_convert.linear import LinearWeights
 from qllama_convert.names import GATE_UP, QKV
+from qllama_kernels.rows import swiglu
 
 from qllama.config import LlamaConfig
 from qllama.gptq.batches import Batch, Stream
@@ -35,7 +36,7 @@ from qllama.gptq.observers import InputObserver
 from qllama.gptq.report import Seconds
 from qllama.model.dense import MergedDense, make_dense
 from qllama.model.kv_cache import Entries
-from qllama.model.llama import RMSNorm, attention_context, project_heads, swiglu
+from qllama.model.llama import RMSNorm, attention_context, project_heads
 from qllama.model.rope import rotary_embedding
 
 O_PROJ = ("self_attn.o_proj",)
@@ -296,7 +297,7 @@ def _after_attention(
 
 def _swiglu(config: Any, modules: Any, _: Any, lengths: Any, x: jax.Array) -> tuple[jax.Array]:
     norm, gate_up_proj = modules
-    return (swiglu(gate_up_proj, norm(x)),)
+    return (_hidden(gate_up_proj, norm(x)),)
 
 
 def _after_mlp(
@@ -308,7 +309,14 @@ def _after_mlp(
 
 def _mlp(config: Any, modules: Any, _: Any, lengths: Any, x: jax.Array) -> tuple[jax.Array]:
     norm, gate_up_proj, down_proj = modules
-    return (x + down_proj(swiglu(gate_up_proj, norm(x))),)
+    return (x + down_proj(_hidden(gate_up_proj, norm(x))),)
+
+
+def _hidden(gate_up_proj: MergedDense, x: jax.Array) -> jax.Array:
+    """What down_proj reads."""
+    hidden = swiglu(gate_up_proj.addends(x), dtype=x.dtype, backend="xla")
+    assert isinstance(hidden, jax.Array)  # no codes were asked for
+    return hidden
 
 
 def _positions(x: jax.Array) -> jax.Array:

@@ -184,12 +184,6 @@ class Attention(nnx.Module):
         return has_decode_attention(dtype, layer.keys, heads, self.backend)
 
 
-def swiglu(gate_up_proj: MergedDense, x: jax.Array) -> jax.Array:
-    """What down_proj reads."""
-    gate, up = gate_up_proj(x)
-    return nnx.silu(gate) * up
-
-
 class MLP(nnx.Module):
     """SwiGLU (Shazeer, 2020)."""
 
