@@ -8,7 +8,6 @@ Source: arXiv 2210.17323 (GPTQ), section 3.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -120,14 +119,13 @@ class Moments:
         A dead feature, which is coupled to no other, gets the mean besides: any positive number
         does, and this one leaves mean and condition as they were.
         """
-        return frac * self.reference + jnp.where(self.dead, jnp.float32(self.mean), 0.0)
+        return _damping(self.dead, frac * self.reference, self.mean)
 
 
 def examine(hessian: Hessian, reference: DampeningReference = "mean") -> Moments:
     """Normalize the sum and look at it, waiting for the device."""
-    matrix = second_moments(hessian)
-    k = matrix.shape[0]
-    facts = jax.device_get(_facts(hessian, matrix))
+    matrix, facts = _facts(hessian)
+    k, facts = matrix.shape[0], jax.device_get(facts)
     tokens, dead_columns = int(facts["tokens"]), int(facts["dead_columns"])
     trouble, usable = None, True
     if not facts["finite"]:
@@ -150,12 +148,18 @@ def examine(hessian: Hessian, reference: DampeningReference = "mean") -> Moments
 
 
 @jax.jit
-def _facts(hessian: Hessian, matrix: jax.Array) -> dict[str, jax.Array]:
+def _damping(dead: jax.Array, damping: float, of_dead: float) -> jax.Array:
+    return damping + jnp.where(dead, jnp.float32(of_dead), 0.0)
+
+
+@jax.jit
+def _facts(hessian: Hessian) -> tuple[jax.Array, dict[str, jax.Array]]:
+    matrix = second_moments(hessian)
     diagonal = jnp.diagonal(matrix)
     dead = diagonal <= 0
     live = jnp.where(dead, jnp.nan, diagonal)
     median = jnp.nanmedian(live)
-    return {
+    return matrix, {
         "finite": jnp.isfinite(matrix).all() & jnp.isfinite(jnp.sum(diagonal)),
         "tokens": hessian.tokens,
         "dropped": hessian.dropped,
@@ -178,7 +182,7 @@ def default_dampening_frac(tokens: int, k: int) -> float:
     return 0.05 if tokens < 4 * k else 0.01
 
 
-@partial(jax.jit, compiler_options=FULL_FLOAT32)
+@jax.jit
 def energy(errors: jax.Array, moments: jax.Array) -> jax.Array:
     """`d H d^T / 2` of every row d: the mean of `(d x_t)^2` over the tokens.
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from qllama_kernels.packing import pack_int4
 
 from qllama.gptq.hessian import (
+    FULL_FLOAT32,
     DampeningReference,
     Hessian,
     Moments,
@@ -47,6 +48,8 @@ MAX_DAMPENING_FRAC = 0.3
 # The recursion's own account of its error against the true one. With an accurate factor they
 # differ by 1e-5; at 1e-2 float32 has lost the Hessian's small directions.
 _ACCURACY = 0.01
+# Losses this close may be the same, added up in another order.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,51 +154,39 @@ def quantize_gptq(
             scheme; `refit` with scales that several rows share.
     """
     _check(weights, hessian, scheme, options)
-    arrays = [jnp.asarray(w) for w in weights]
-    stacked = jnp.concatenate(arrays)
-    heights = tuple(w.shape[0] for w in arrays)
-    bad = int(jnp.sum(~jnp.isfinite(stacked)))
-    if bad:
-        raise ValueError(
-            f"{bad} of {stacked.size} weights are NaN or infinite; there is nothing to round them "
-            "to, look for a damaged checkpoint"
-        )
     moments = examine(hessian, options.dampening_reference)
+    prepared = _prepare(
+        [jnp.asarray(w) for w in weights],
+        moments.matrix,
+        input_scale,
+        input_zero,
+        scheme=scheme,
+        observer=options.observer,
+    )
+    if bad := int(prepared.bad):
+        raise ValueError(
+            f"{bad} of {prepared.stacked.size} weights are NaN or infinite; there is nothing to "
+            "round them to, look for a damaged checkpoint"
+        )
+    found = _climb(prepared.stacked, moments, prepared.wide, scheme, options)
+    refit = options.refit and found.rung != "rtn"
+    finished = _finish(
+        prepared, found.codes, found.loss, moments.matrix, found.damping, scheme, refit=refit
+    )
 
-    rtn = [_quantize_rtn(w, scheme, input_scale=input_scale, input_zero=input_zero) for w in arrays]
-    grids = [
-        choose_scales(w, scheme, options.observer, jnp.diagonal(moments.matrix)) for w in arrays
-    ]
-    found = _climb(stacked, moments, widen(grids, heights, scheme), scheme, options)
-    parts = [slice(end - n, end) for n, end in zip(heights, np.cumsum(heights), strict=True)]
-    loss, wide = found.loss, widen(grids, heights, scheme)
-    if options.refit and found.rung != "rtn":
-        damped = moments.matrix + jnp.diag(moments.damping(found.dampening_frac))
-        grids = [
-            refit_scales(w, found.codes[part], grid, damped)
-            for w, part, grid in zip(arrays, parts, grids, strict=True)
-        ]
-        wide = widen(grids, heights, scheme)
-        loss = energy(_errors(stacked, found.codes, wide), moments.matrix)
-
-    rtn_errors = jnp.concatenate([_rtn_errors(w, q) for w, q in zip(arrays, rtn, strict=True)])
+    heights = [w.shape[0] for w in weights]
+    parts = [slice(stop - n, stop) for n, stop in zip(heights, np.cumsum(heights), strict=True)]
     per_row = jax.device_get(
         {
-            "loss": loss,
-            "rtn_loss": energy(rtn_errors, moments.matrix),
-            "output_energy": energy(stacked, moments.matrix),
-            "clipped": _clipped(stacked, wide, scheme),
+            "loss": finished.loss,
+            "rtn_loss": prepared.rtn_loss,
+            "output_energy": prepared.output_energy,
+            "clipped": finished.clipped,
         }
     )
     results = []
-    for part, grid, rounded in zip(parts, grids, rtn, strict=True):
+    for part, rounded, tensor in zip(parts, prepared.rounded, finished.solved, strict=True):
         sums = {name: _total(rows[part]) for name, rows in per_row.items()}
-        tensor = replace(
-            rounded,  # for its input scale and zero
-            codes=_pack(found.codes[part], scheme),
-            scales=grid.scales,
-            zeros=grid.zeros,
-        )
         report = GPTQReport(
             shape=tensor.shape,
             tokens=moments.tokens,
@@ -211,7 +202,7 @@ def quantize_gptq(
             clipped=sums["clipped"] / math.prod(tensor.shape),
             notes=found.notes,
         )
-        if report.loss > report.rtn_loss:
+        if report.loss > (1 + _ROUNDING) * report.rtn_loss:
             tensor, report = rounded, _fall_back(report)
         if isinstance(weights[0], np.ndarray):
             tensor = jax.device_get(tensor)
@@ -223,6 +214,7 @@ def quantize_gptq(
 class _Codes:
     codes: jax.Array  # int8 or float8 [N, K]
     loss: jax.Array  # [N], of each row, without damping
+    damping: jax.Array  # [K], of the rung that held
     rung: Rung
     dampening_frac: float
     notes: tuple[str, ...]
@@ -238,9 +230,7 @@ def _climb(
         notes.append(f"{moments.dropped} calibration tokens were not finite and were left out")
     if moments.trouble is not None:
         notes.append(f"rounded to nearest: {moments.trouble}")
-    order = jnp.arange(k)
-    if options.actorder == "static":
-        order = jnp.argsort(-jnp.diagonal(moments.matrix), stable=True)
+    order = _falling(moments.matrix) if options.actorder == "static" else jnp.arange(k)
     rows = weight.sharding if isinstance(weight.sharding, NamedSharding) else None
     first = options.dampening_frac
     if first is None:
@@ -249,23 +239,33 @@ def _climb(
         damping = moments.damping(frac)
         factors = factor(moments.matrix, damping, order, wide=rung != "fp32")
         codes, account = solve(weight, factors, order, wide, scheme, rows=rows)
-        errors = _errors(weight, codes, wide)
-        loss = energy(errors, moments.matrix)
-        damped = loss + _damping_loss(errors, damping)
-        expected, actual = (_total(x) for x in (account, damped))
+        loss, damped = _losses(weight, codes, wide, moments.matrix, damping)
+        expected, actual = _total(account), _total(damped)
         if not math.isfinite(expected):
             notes.append(f"{rung}, damping {frac:g}: the Hessian is not positive definite")
         elif rung == "fp32" and abs(expected - actual) > _ACCURACY * actual:
             notes.append(f"fp32: inaccurate, the loss is {actual:.3g} instead of {expected:.3g}")
         else:
             return _Codes(
-                codes=codes, loss=loss, rung=rung, dampening_frac=frac, notes=tuple(notes)
+                codes=codes,
+                loss=loss,
+                damping=damping,
+                rung=rung,
+                dampening_frac=frac,
+                notes=tuple(notes),
             )
     if moments.trouble is None:
         notes.append("rounded to nearest: no factor of the Hessian holds")
-    codes = _nearest_codes(weight, wide, scheme)
-    loss = energy(_errors(weight, codes, wide), moments.matrix)
-    return _Codes(codes=codes, loss=loss, rung="rtn", dampening_frac=0.0, notes=tuple(notes))
+    codes, damping = _nearest_codes(weight, wide, scheme), moments.damping(0.0)
+    loss, _ = _losses(weight, codes, wide, moments.matrix, damping)
+    return _Codes(
+        codes=codes,
+        loss=loss,
+        damping=damping,
+        rung="rtn",
+        dampening_frac=0.0,
+        notes=tuple(notes),
+    )
 
 
 def _rungs(frac: float) -> Iterator[tuple[Rung, float]]:
@@ -309,24 +309,102 @@ def _check(
         )
 
 
-_quantize_rtn = jax.jit(quantize_rtn, static_argnums=1)
+# -- few programs, since each is compiled for every shape ------------------------------------------
+
+
+class _Prepared(NamedTuple):
+    """What is known of the weights before they are solved; N rows of them all, in turn."""
+
+    stacked: jax.Array  # [N, K]
+    bad: jax.Array  # int32 [], weights that are not finite
+    rounded: list[QTensor]  # to nearest
+    grids: list[Grid]
+    wide: Grid
+    rtn_loss: jax.Array  # [N]
+    output_energy: jax.Array  # [N]
+
+
+@partial(jax.jit, static_argnames=("scheme", "observer"), compiler_options=FULL_FLOAT32)
+def _prepare(
+    weights: list[jax.Array],
+    moments: jax.Array,
+    input_scale: jax.Array | None,
+    input_zero: jax.Array | None,
+    *,
+    scheme: QuantScheme,
+    observer: Observer,
+) -> _Prepared:
+    stacked = jnp.concatenate(weights)
+    rounded = [
+        quantize_rtn(w, scheme, input_scale=input_scale, input_zero=input_zero) for w in weights
+    ]
+    grids = [choose_scales(w, scheme, observer, jnp.diagonal(moments)) for w in weights]
+    nearest = jnp.concatenate([tensor.dequantize() for tensor in rounded])
+    return _Prepared(
+        stacked=stacked,
+        bad=jnp.sum(~jnp.isfinite(stacked)),
+        rounded=rounded,
+        grids=grids,
+        wide=widen(grids, tuple(w.shape[0] for w in weights), scheme),
+        rtn_loss=energy(stacked.astype(jnp.float32) - nearest, moments),
+        output_energy=energy(stacked, moments),
+    )
+
+
+class _Finished(NamedTuple):
+    solved: list[QTensor]
+    loss: jax.Array  # [N]
+    clipped: jax.Array  # [N], weights more than half a step beyond their grid
+
+
+@partial(jax.jit, static_argnames=("scheme", "refit"), compiler_options=FULL_FLOAT32)
+def _finish(
+    prepared: _Prepared,
+    codes: jax.Array,
+    loss: jax.Array,
+    moments: jax.Array,
+    damping: jax.Array,
+    scheme: QuantScheme,
+    *,
+    refit: bool,
+) -> _Finished:
+    heights = tuple(tensor.shape[0] for tensor in prepared.rounded)
+    borders = list(np.cumsum(heights)[:-1])
+    grids, wide = prepared.grids, prepared.wide
+    if refit:
+        damped = moments + jnp.diag(damping)
+        each = zip(*(jnp.split(x, borders) for x in (prepared.stacked, codes)), grids, strict=True)
+        grids = [refit_scales(w, part, grid, damped) for w, part, grid in each]
+        wide = widen(grids, heights, scheme)
+        loss = energy(_errors(prepared.stacked, codes, wide), moments)
+    packed = jnp.split(pack_int4(codes) if scheme.bits == 4 else codes, borders)
+    solved = [
+        replace(rounded, codes=part, scales=grid.scales, zeros=grid.zeros)
+        for rounded, part, grid in zip(prepared.rounded, packed, grids, strict=True)
+    ]
+    return _Finished(solved, loss, _clipped(prepared.stacked, wide, scheme))
+
+
+@partial(jax.jit, compiler_options=FULL_FLOAT32)
+def _losses(
+    weight: jax.Array, codes: jax.Array, wide: Grid, moments: jax.Array, damping: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of each row, `[N]`: without damping, and with it."""
+    errors = _errors(weight, codes, wide)
+    loss = energy(errors, moments)
+    return loss, loss + 0.5 * jnp.sum(damping * jnp.square(errors), axis=1)
 
 
 @jax.jit
-def _rtn_errors(weight: jax.Array, rounded: QTensor) -> jax.Array:
-    return weight.astype(jnp.float32) - rounded.dequantize()
+def _falling(moments: jax.Array) -> jax.Array:
+    """Columns by falling diag H, int32 `[K]`."""
+    return jnp.argsort(-jnp.diagonal(moments), stable=True)
 
 
-@jax.jit
 def _errors(weight: jax.Array, codes: jax.Array, wide: Grid) -> jax.Array:
     """`W - Q`, float32 `[N, K]`."""
     q = _by_group(dequantize_code, codes.astype(jnp.float32), wide)
     return weight.astype(jnp.float32) - q
-
-
-@jax.jit
-def _damping_loss(errors: jax.Array, damping: jax.Array) -> jax.Array:
-    return 0.5 * jnp.sum(damping * jnp.square(errors), axis=1)
 
 
 @partial(jax.jit, static_argnames="scheme")
@@ -337,7 +415,6 @@ def _nearest_codes(weight: jax.Array, wide: Grid, scheme: QuantScheme) -> jax.Ar
     return _by_group(nearest, weight.astype(jnp.float32), wide).astype(code_dtype(scheme))
 
 
-@partial(jax.jit, static_argnames="scheme")
 def _clipped(weight: jax.Array, wide: Grid, scheme: QuantScheme) -> jax.Array:
     """How many weights of each row lie more than half a step beyond their grid, `[N]`."""
     low, high = code_range(scheme)
@@ -359,10 +436,6 @@ def _by_group(
     scales, zeros = jax.tree.map(lambda x: x.T[:, :, None], wide)
     grouped = values.reshape(*scales.shape[:2], -1)
     return function(grouped, scales, zeros).reshape(values.shape)
-
-
-def _pack(codes: jax.Array, scheme: QuantScheme) -> jax.Array:
-    return pack_int4(codes) if scheme.bits == 4 else codes
 
 
 def _total(per_row: Array) -> float:
