@@ -17,6 +17,9 @@ ORACLE_PYTHON ?= $(call find_python,3.11,python3.11 python3 python)
 
 pip_install := -m pip install -qq --disable-pip-version-check
 
+# One process a core, some gigabytes each; files stay together while there is enough to do.
+spread = --numprocesses auto --maxprocesses 8 --dist worksteal
+
 .PHONY: help demo test test-slow fuzz oracle lint clean
 
 help:  ## list these targets
@@ -33,7 +36,7 @@ test: .venv/.installed-dev  ## run the tests (ARGS="tests/test_house.py -x" narr
 	fi
 	@if [ -e .venv-oracle/.installed ]; then \
 		export QLLAMA_ORACLE_PYTHON="$(CURDIR)/.venv-oracle/bin/python"; \
-	fi; .venv/bin/python -m pytest -q -rs $(ARGS)
+	fi; .venv/bin/python -m pytest -q -rs $(spread) $(ARGS)
 
 test-slow: ARGS = -m "slow and not gpu"
 test-slow: test  ## run the tests that take minutes

@@ -1,30 +1,62 @@
 """Runs a script in an interpreter that has torch and transformers, which qllama itself never needs.
 
 `$QLLAMA_ORACLE_PYTHON` names it (`make oracle` builds one); else this interpreter, if it has torch.
+Importing its libraries takes seconds, so one process does that once, and forks for each script.
 """
 
+import contextlib
+import functools
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-_PROLOGUE = """\
-import sys
+# Reads folders from stdin; answers each with the pid of the process that runs its script, and then
+# with how that ended. Whatever computes does so in that process: a fork inherits no threads.
+_SERVER = """
+import contextlib, os, sys, traceback
 import numpy as np
 import torch
-torch.set_num_threads(2)
-arrays = dict(np.load(sys.argv[1]))
-globals().update(arrays)
-out = {}
-"""
-_EPILOGUE = """
-np.savez(sys.argv[2], **out)
+with contextlib.suppress(ImportError):
+    import compressed_tensors.compressors
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama
+
+def run(folder):
+    os.chdir(folder)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(2)
+    arrays, out = dict(np.load("inputs.npz")), {}
+    names = dict(arrays, __name__="__main__", np=np, torch=torch, arrays=arrays, out=out)
+    exec(compile(open("script.py").read(), "script.py", "exec"), names)
+    np.savez("outputs.npz", **out)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            run(line.rstrip())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -49,30 +81,52 @@ def run(script: str, *, timeout: float = 300, **arrays: np.ndarray) -> dict[str,
         timeout: seconds.
         arrays: of numpy's own dtypes; bfloat16 and float8 travel as a view of unsigned integers.
 
-    Fails the test, showing the script's stderr, when the script does not finish well.
+    Fails the test, showing what the script printed, when it does not finish well.
     """
-    python = interpreter()
+    server = _server(interpreter())
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "script.py").write_text(textwrap.dedent(script), encoding="utf-8")
+        np.savez(folder / "inputs.npz", **arrays)  # type: ignore[arg-type]  # see numpy's stub
+        try:
+            print(folder, file=server.stdin, flush=True)
+            pid = int(server.stdout.readline())
+            late = threading.Event()
+            timer = threading.Timer(timeout, _kill, (pid, late))
+            timer.start()
+            status = int(server.stdout.readline())
+            timer.cancel()
+        except (OSError, ValueError):
+            _server.cache_clear()
+            server.kill()
+            pytest.fail("the oracle's process ended; what it printed is on stderr")
+        if late.is_set():
+            pytest.fail(f"the oracle ran longer than {timeout} s")
+        if status:
+            pytest.fail(f"the oracle ended with {status}:\n{(folder / 'log').read_text()}")
+        with np.load(folder / "outputs.npz") as results:
+            return dict(results)
+
+
+@functools.cache
+def _server(python: str) -> "subprocess.Popen[str]":
+    """The process that forks; it ends with the input it reads, so with this process."""
     # Not this process's search path: an uninstalled qllama must not shadow the oracle's packages.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment.update(OMP_NUM_THREADS="2", MKL_NUM_THREADS="2", HF_HUB_OFFLINE="1")
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
-        program = Path(folder, "script.py")
-        program.write_text(_PROLOGUE + textwrap.dedent(script) + _EPILOGUE, encoding="utf-8")
-        np.savez(inputs, **arrays)  # type: ignore[arg-type]  # numpy's stub has allow_pickle here
-        try:
-            done = subprocess.run(
-                [python, str(program), str(inputs), str(outputs)],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the oracle ran longer than {timeout} s")
-        if done.returncode:
-            pytest.fail(f"the oracle ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        with np.load(outputs) as results:
-            return dict(results)
+    return subprocess.Popen(
+        [python, "-c", _SERVER],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tempfile.gettempdir(),
+    )
+
+
+def _kill(pid: int, late: threading.Event) -> None:
+    late.set()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,5 @@
 """The decode attention kernel, simulated on a CPU, against plain attention over the same cache."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +10,6 @@ from qllama_kernels.decode_attention import AttentionConfig
 from qllama.model.kv_cache import Entries, attend, write
 from qllama.model.rope import apply_rope
 
-# Each simulated warpgroup waits in a thread of XLA's pool, which has one for each core.
-os.environ.setdefault("NPROC", "16")
 SPLIT = AttentionConfig().split
 
 

@@ -1,7 +1,5 @@
 """The kernels, simulated on the CPU, against the reference in float32."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +8,6 @@ from qllama_kernels import dispatch, pallas, reference, tuning
 from qllama_kernels.batch_matmul import BatchConfig
 from qllama_kernels.decode_matmul import DecodeConfig
 from qllama_kernels.packing import pack_int4
-
-# Each simulated warpgroup holds a thread of XLA's pool while it waits at a barrier. The pool has
-# one for each core, too few on a small machine: they would wait for one another for ever.
-os.environ.setdefault("NPROC", "16")
 
 RAGGED_M = (0, 1, 7, 8, 9, 16, 17, 33)
 # Small CTAs: the simulator runs each warpgroup as a thread.

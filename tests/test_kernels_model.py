@@ -1,6 +1,5 @@
 """The kernels inside the model: packed at load, simulated on a CPU, lowered whole for a GPU."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -14,9 +13,6 @@ from qllama.engine import programs
 from qllama.engine.runner import Runner
 from qllama.model.dense import QuantDense
 from qllama.model.kv_cache import init_cache
-
-# Each simulated warpgroup waits in a thread of XLA's pool, which has one for each core.
-os.environ.setdefault("NPROC", "16")
 
 
 def quant_denses(llm: LLM) -> list[QuantDense]:

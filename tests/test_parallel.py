@@ -1,7 +1,6 @@
 """Runs over several devices: what one device gives, in parts, with no more talk than needed."""
 
 import functools
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +28,6 @@ from qllama.parallel.sharding import Part, shard_weight
 from qllama.quantization.activations import quantize_activations
 from qllama.quantization.rtn import quantize_rtn
 from qllama.quantization.scheme import PRESETS
-
-# Each simulated warpgroup waits in a thread of XLA's pool, which has one for each core.
-os.environ.setdefault("NPROC", "16")
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (5, 16, 9, 12)]  # of one chunk

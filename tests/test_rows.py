@@ -4,7 +4,6 @@ The latter operation by operation: compiled as one, XLA does not round where the
 """
 
 import functools
-import os
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -13,9 +12,6 @@ import numpy as np
 import pytest
 from qllama_kernels import row_kernels, rows
 from qllama_kernels.rows import Codes
-
-# Each simulated warpgroup waits in a thread of XLA's pool, which has one for each core.
-os.environ.setdefault("NPROC", "16")
 
 STATIC = Codes("float8_e4m3fn", jnp.float32(0.02))
 CODES = {
