@@ -1,5 +1,6 @@
 """The CPU benchmark on a small random model, without a peer."""
 
+import math
 from pathlib import Path
 
 import bench_scripts
@@ -30,5 +31,6 @@ def test_every_phase_of_both_schemes_gets_a_record(
         for phase, batch in (("decode", 1), ("decode", 8), ("prefill", 1))
     ]
     for record in records:
-        assert record["value"] > 0
+        # A difference of two short runs, of which a busy machine may make anything.
+        assert math.isfinite(record["value"])
         assert record["peers"] == {}
