@@ -1,9 +1,11 @@
 """What every test stands on: the JAX setting and the checkpoints to test against."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_scripts
 import pytest
 
 TESTS = Path(__file__).parent
@@ -64,6 +66,29 @@ def tiny_llama3() -> Callable[[str], Path]:
 def tiny_llama3_dir(tiny_llama3_kind: str) -> Path:
     """Folder of each kind of the tiny model in turn."""
     return TINY_LLAMA3 / tiny_llama3_kind
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random checkpoint that splits over four devices, of a scheme of make_checkpoint: 8 heads
+    over 4 key-value heads, one layer, and a vocabulary that 4 does not divide."""
+    folder = tmp_path_factory.mktemp("wide")
+    make = bench_scripts.load("make_checkpoint").random_checkpoint
+    shape = {
+        "head_dim": 64,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": 998,
+    }
+
+    @functools.cache
+    def checkpoint(scheme: str) -> Path:
+        return make(folder / scheme, shape=shape, scheme=scheme)
+
+    return checkpoint
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_scripts
 import jax
 import numpy as np
 import pytest
@@ -38,17 +37,6 @@ from qllama.llm import LLM
 from qllama.quantization.scheme import PRESETS, ActivationScheme, QuantScheme
 
 IDS = np.arange(1, 33)
-
-# 8 heads over 4 key-value heads; the vocabulary does not divide by 4.
-SHAPE = {
-    "head_dim": 64,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 1,
-    "vocab_size": 998,
-}
 
 
 def to_native(out: Path, folder: Path) -> Path:
@@ -143,19 +131,16 @@ def test_orbax_restores_it_onto_any_sharding(
 
 @pytest.fixture(scope="module")
 def in_chunks(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    wide: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """The native form of a wide checkpoint, in chunks as small for it as usual ones for a Llama."""
-    make = bench_scripts.load("make_checkpoint").random_checkpoint
     folder = tmp_path_factory.mktemp("chunks")
 
     @functools.cache
     def native(scheme: str) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(orbax_arrays, "_CHUNK_BYTES", 1 << 12)
-            return to_native(
-                folder / f"{scheme}-native", make(folder / scheme, shape=SHAPE, scheme=scheme)
-            )
+            return to_native(folder / scheme, wide(scheme))
 
     return native
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import bench_scripts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,30 +30,6 @@ from qllama.quantization.scheme import PRESETS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (5, 16, 9, 12)]  # of one chunk
-
-# 8 heads over 4 key-value heads, one layer; the vocabulary does not divide by 4.
-SHAPE = {
-    "head_dim": 64,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 1,
-    "vocab_size": 998,
-}
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A random checkpoint that splits over four devices, of a scheme of make_checkpoint."""
-    folder = tmp_path_factory.mktemp("wide")
-    make = bench_scripts.load("make_checkpoint").random_checkpoint
-
-    @functools.cache
-    def checkpoint(scheme: str) -> Path:
-        return make(folder / scheme, shape=SHAPE, scheme=scheme)
-
-    return checkpoint
 
 
 def greedy(llm: LLM) -> list[list[int]]:
