@@ -4,6 +4,7 @@
 Importing its libraries takes seconds, so one process does that once, and forks for each script.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -116,7 +117,7 @@ def _server(python: str) -> "subprocess.Popen[str]":
     # Not this process's search path: an uninstalled qllama must not shadow the oracle's packages.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment.update(OMP_NUM_THREADS="2", MKL_NUM_THREADS="2", HF_HUB_OFFLINE="1")
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [python, "-c", _SERVER],
         env=environment,
         stdin=subprocess.PIPE,
@@ -124,6 +125,8 @@ def _server(python: str) -> "subprocess.Popen[str]":
         text=True,
         cwd=tempfile.gettempdir(),
     )
+    atexit.register(server.communicate)
+    return server
 
 
 def _kill(pid: int, late: threading.Event) -> None:

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     scheme: QuantScheme
     wide: Grid
 
-    def solve(self, *, super_block: int = 2048) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, *, super_block: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         h = jnp.asarray(self.h, jnp.float32)
         order = jnp.asarray(self.order)
         factors = factor(h, jnp.asarray(self.damping, jnp.float32), order, wide=False)

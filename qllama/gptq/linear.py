@@ -230,7 +230,7 @@ def _climb(
         notes.append(f"{moments.dropped} calibration tokens were not finite and were left out")
     if moments.trouble is not None:
         notes.append(f"rounded to nearest: {moments.trouble}")
-    order = _falling(moments.matrix) if options.actorder == "static" else jnp.arange(k)
+    order = moments.order if options.actorder == "static" else jnp.arange(k)
     rows = weight.sharding if isinstance(weight.sharding, NamedSharding) else None
     first = options.dampening_frac
     if first is None:
@@ -339,15 +339,17 @@ def _prepare(
         quantize_rtn(w, scheme, input_scale=input_scale, input_zero=input_zero) for w in weights
     ]
     grids = [choose_scales(w, scheme, observer, jnp.diagonal(moments)) for w in weights]
+    wide = stacked.astype(jnp.float32)
     nearest = jnp.concatenate([tensor.dequantize() for tensor in rounded])
+    rtn_loss, output_energy = energy(jnp.stack([wide - nearest, wide]), moments)
     return _Prepared(
         stacked=stacked,
         bad=jnp.sum(~jnp.isfinite(stacked)),
         rounded=rounded,
         grids=grids,
         wide=widen(grids, tuple(w.shape[0] for w in weights), scheme),
-        rtn_loss=energy(stacked.astype(jnp.float32) - nearest, moments),
-        output_energy=energy(stacked, moments),
+        rtn_loss=rtn_loss,
+        output_energy=output_energy,
     )
 
 
@@ -393,12 +395,6 @@ def _losses(
     errors = _errors(weight, codes, wide)
     loss = energy(errors, moments)
     return loss, loss + 0.5 * jnp.sum(damping * jnp.square(errors), axis=1)
-
-
-@jax.jit
-def _falling(moments: jax.Array) -> jax.Array:
-    """Columns by falling diag H, int32 `[K]`."""
-    return jnp.argsort(-jnp.diagonal(moments), stable=True)
 
 
 def _errors(weight: jax.Array, codes: jax.Array, wide: Grid) -> jax.Array:

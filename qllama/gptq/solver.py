@@ -73,7 +73,7 @@ def solve(
     scheme: QuantScheme,
     *,
     rows: NamedSharding | None = None,
-    super_block: int = 2048,
+    super_block: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The codes of a weight whose scales are settled. Compiled once per shape and scheme.
 
@@ -86,13 +86,16 @@ def solve(
         rows: of `weight`, if its rows are spread over devices. Each solves its own by the program
             that one device would run; XLA's for CPUs crashes if left to divide it (jax 0.11.2).
         super_block: a multiple of 128. So many columns meet all finished ones in one matmul; more
-            of them make a shorter program and more multiplications by zero.
+            of them make a shorter program and more multiplications by zero. None: half of them,
+            2048 at least.
 
     Returns:
         codes int8 or float8_e4m3fn `[N, K]` in the original order of columns, not packed; and
         float32 `[N]`, each row's `d (H + damping) d^T / 2` with d = w - q, as the recursion adds
         it up: it agrees with the product only if the factor is accurate.
     """
+    if super_block is None:
+        super_block = max(2048, -(-weight.shape[1] // (2 * BLOCK)) * BLOCK)
     here = partial(_solve_rows, scheme=scheme, super_block=super_block)
     if rows is None:
         return here(weight, factor, order, grid)
@@ -137,7 +140,8 @@ def _solve_rows(
         )
         errors = jnp.concatenate([errors, block_errors])
         codes = jnp.concatenate([codes, block_codes])
-    return codes[jnp.argsort(order)].T, loss
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(k, dtype=order.dtype))
+    return codes[place].T, loss
 
 
 def _solve_super_block(
