@@ -90,7 +90,7 @@ def bench_stage(
     moments = examine(collected)
     damping = moments.damping(0.01)
     diagonal = jnp.diagonal(moments.matrix)
-    order = jnp.argsort(-diagonal, stable=True) if options.actorder else jnp.arange(stage.k)
+    order = moments.order if options.actorder else jnp.arange(stage.k)
 
     def choose() -> Any:
         grids = [choose_scales(w, scheme, options.observer, diagonal) for w in weights]

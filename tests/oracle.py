@@ -97,8 +97,10 @@ def run(script: str, *, timeout: float = 300, **arrays: np.ndarray) -> dict[str,
             late = threading.Event()
             timer = threading.Timer(timeout, _kill, (pid, late))
             timer.start()
-            status = int(server.stdout.readline())
-            timer.cancel()
+            try:
+                status = int(server.stdout.readline())
+            finally:
+                timer.cancel()
         except (OSError, ValueError):
             _server.cache_clear()
             server.kill()

@@ -1,6 +1,6 @@
 """The CPU benchmark on a small random model, without a peer."""
 
-import math
+import time
 from pathlib import Path
 
 import bench_scripts
@@ -21,6 +21,9 @@ def test_every_phase_of_both_schemes_gets_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_cpu, "PREFILL", 64)
+    monkeypatch.setattr(bench_cpu, "STEPS", 64)
+    # Our own processor time: other work must not turn round a difference of two short runs.
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
     model = make_checkpoint.random_checkpoint(
         tmp_path / "model", shape=SHAPE, scheme="bf16", layers=1, vocab=256
     )
@@ -31,6 +34,5 @@ def test_every_phase_of_both_schemes_gets_a_record(
         for phase, batch in (("decode", 1), ("decode", 8), ("prefill", 1))
     ]
     for record in records:
-        # A difference of two short runs, of which a busy machine may make anything.
-        assert math.isfinite(record["value"])
+        assert record["value"] > 0
         assert record["peers"] == {}

@@ -1,7 +1,6 @@
 """The decoding benchmark: a small model measured on the CPU, and processes that fail or hang."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def test_a_scheme_gets_a_record_with_its_peers(
     monkeypatch.setattr(bench_decode, "_make", lambda scratch, scheme, options: folder)
     (record,) = bench_decode.bench_decode(options)
     assert (record["scheme"], record["batch"], record["context"]) == ("W4A16", 2, 16)
-    # A difference of two short runs, of which a busy machine may make anything.
-    assert math.isfinite(record["value"])
+    assert record["value"] > 0
     assert record["limit"] > 0
     assert list(record["peers"]) == ["qllama xla"]  # the one that cannot run costs itself alone
     assert "backend='nonsense' is unknown" in capsys.readouterr().err

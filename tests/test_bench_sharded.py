@@ -1,7 +1,7 @@
 """benchmarks/bench_sharded.py in its tiny form."""
 
 import json
-import math
+import time
 from pathlib import Path
 
 import bench_scripts
@@ -50,7 +50,9 @@ def test_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qllama.llm.open_checkpoint", None)  # restored after the test
     decode = bench_scripts.load("bench_decode")
     monkeypatch.setattr(decode, "FEW", 5)
-    monkeypatch.setattr(decode, "MANY", 13)
+    monkeypatch.setattr(decode, "MANY", 61)
+    # Our own processor time: other work must not turn round a difference of two short runs.
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
     out = tmp_path / "records.json"
     flags = "--shape small --scheme W8A8 --size 1 2 --batch 2 --context 16 --repeat 1"
     arguments = [*flags.split(), "--json", str(out), "--scratch", str(tmp_path)]
@@ -63,6 +65,5 @@ def test_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for record in (one, two):
         # Norms are not planned; they are much of so small a model.
         assert 0.9 < record["parts"]["planned"] / record["parts"]["held"] <= 1
-        # A difference of two short runs, of which a busy machine may make anything.
-        assert math.isfinite(record["value"])
+        assert record["value"] > 0
         assert record["limit"] > 0
