@@ -99,7 +99,7 @@ def test_codes_are_those_that_were_solved() -> None:
     assert isinstance(result.weight.codes, jax.Array)
     np.testing.assert_array_equal(np.asarray(result.weight.codes), expected.codes)
     np.testing.assert_array_equal(np.asarray(result.weight.scales), expected.scales)
-    np.testing.assert_allclose(result.report.loss, result.report.rtn_loss, rtol=1e-5)
+    assert result.report.loss == result.report.rtn_loss
     assert result.report.rung == "fp32"
 
 

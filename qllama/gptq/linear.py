@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding
 from qllama_kernels.packing import pack_int4
 
@@ -48,8 +49,6 @@ MAX_DAMPENING_FRAC = 0.3
 # The recursion's own account of its error against the true one. With an accurate factor they
 # differ by 1e-5; at 1e-2 float32 has lost the Hessian's small directions.
 _ACCURACY = 0.01
-# Losses this close may be the same, added up in another order.
-_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,10 +167,16 @@ def quantize_gptq(
             f"{bad} of {prepared.stacked.size} weights are NaN or infinite; there is nothing to "
             "round them to, look for a damaged checkpoint"
         )
-    found = _climb(prepared.stacked, moments, prepared.wide, scheme, options)
+    found = _climb(prepared, moments, scheme, options)
     refit = options.refit and found.rung != "rtn"
     finished = _finish(
-        prepared, found.codes, found.loss, moments.matrix, found.damping, scheme, refit=refit
+        prepared,
+        found.codes,
+        found.losses.solved,
+        moments.matrix,
+        found.damping,
+        scheme,
+        refit=refit,
     )
 
     heights = [w.shape[0] for w in weights]
@@ -179,8 +184,8 @@ def quantize_gptq(
     per_row = jax.device_get(
         {
             "loss": finished.loss,
-            "rtn_loss": prepared.rtn_loss,
-            "output_energy": prepared.output_energy,
+            "rtn_loss": found.losses.nearest,
+            "output_energy": found.losses.output,
             "clipped": finished.clipped,
         }
     )
@@ -202,7 +207,7 @@ def quantize_gptq(
             clipped=sums["clipped"] / math.prod(tensor.shape),
             notes=found.notes,
         )
-        if report.loss > (1 + _ROUNDING) * report.rtn_loss:
+        if report.loss > report.rtn_loss:
             tensor, report = rounded, _fall_back(report)
         if isinstance(weights[0], np.ndarray):
             tensor = jax.device_get(tensor)
@@ -213,7 +218,7 @@ def quantize_gptq(
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Codes:
     codes: jax.Array  # int8 or float8 [N, K]
-    loss: jax.Array  # [N], of each row, without damping
+    losses: "_Losses"
     damping: jax.Array  # [K], of the rung that held
     rung: Rung
     dampening_frac: float
@@ -221,9 +226,10 @@ class _Codes:
 
 
 def _climb(
-    weight: jax.Array, moments: Moments, wide: Grid, scheme: QuantScheme, options: GPTQOptions
+    prepared: "_Prepared", moments: Moments, scheme: QuantScheme, options: GPTQOptions
 ) -> _Codes:
     """Solve on the first rung of the ladder that holds, else round to nearest."""
+    weight, wide = prepared.stacked, prepared.wide
     k = weight.shape[1]
     notes = []
     if moments.dropped:
@@ -239,8 +245,8 @@ def _climb(
         damping = moments.damping(frac)
         factors = factor(moments.matrix, damping, order, wide=rung != "fp32")
         codes, account = solve(weight, factors, order, wide, scheme, rows=rows)
-        loss, damped = _losses(weight, codes, wide, moments.matrix, damping)
-        expected, actual = _total(account), _total(damped)
+        losses = _losses(prepared, codes, moments.matrix, damping)
+        expected, actual = _total(account), _total(losses.damped)
         if not math.isfinite(expected):
             notes.append(f"{rung}, damping {frac:g}: the Hessian is not positive definite")
         elif rung == "fp32" and abs(expected - actual) > _ACCURACY * actual:
@@ -248,7 +254,7 @@ def _climb(
         else:
             return _Codes(
                 codes=codes,
-                loss=loss,
+                losses=losses,
                 damping=damping,
                 rung=rung,
                 dampening_frac=frac,
@@ -257,10 +263,9 @@ def _climb(
     if moments.trouble is None:
         notes.append("rounded to nearest: no factor of the Hessian holds")
     codes, damping = _nearest_codes(weight, wide, scheme), moments.damping(0.0)
-    loss, _ = _losses(weight, codes, wide, moments.matrix, damping)
     return _Codes(
         codes=codes,
-        loss=loss,
+        losses=_losses(prepared, codes, moments.matrix, damping),
         damping=damping,
         rung="rtn",
         dampening_frac=0.0,
@@ -320,8 +325,6 @@ class _Prepared(NamedTuple):
     rounded: list[QTensor]  # to nearest
     grids: list[Grid]
     wide: Grid
-    rtn_loss: jax.Array  # [N]
-    output_energy: jax.Array  # [N]
 
 
 @partial(jax.jit, static_argnames=("scheme", "observer"), compiler_options=FULL_FLOAT32)
@@ -339,18 +342,37 @@ def _prepare(
         quantize_rtn(w, scheme, input_scale=input_scale, input_zero=input_zero) for w in weights
     ]
     grids = [choose_scales(w, scheme, observer, jnp.diagonal(moments)) for w in weights]
-    wide = stacked.astype(jnp.float32)
-    nearest = jnp.concatenate([tensor.dequantize() for tensor in rounded])
-    rtn_loss, output_energy = energy(jnp.stack([wide - nearest, wide]), moments)
     return _Prepared(
         stacked=stacked,
         bad=jnp.sum(~jnp.isfinite(stacked)),
         rounded=rounded,
         grids=grids,
         wide=widen(grids, tuple(w.shape[0] for w in weights), scheme),
-        rtn_loss=rtn_loss,
-        output_energy=output_energy,
     )
+
+
+class _Losses(NamedTuple):
+    """Of each row, `[N]`: the mean squared error of its output over the calibration tokens."""
+
+    solved: jax.Array  # with the codes found
+    nearest: jax.Array  # rounded to nearest
+    output: jax.Array  # with zeros for weights: the energy of the output
+    damped: jax.Array  # `solved`, with damping
+
+
+@partial(jax.jit, compiler_options=FULL_FLOAT32)
+def _losses(
+    prepared: _Prepared, codes: jax.Array, moments: jax.Array, damping: jax.Array
+) -> _Losses:
+    weight = prepared.stacked.astype(jnp.float32)
+    errors = _errors(weight, codes, prepared.wide)
+    nearest = jnp.concatenate([tensor.dequantize() for tensor in prepared.rounded])
+    # One after the other by the same instructions: equal errors have equal losses, to the last bit.
+    solved, rounded, output = lax.map(
+        partial(energy, moments=moments), jnp.stack([errors, weight - nearest, weight])
+    )
+    damped = solved + 0.5 * jnp.sum(damping * jnp.square(errors), axis=1)
+    return _Losses(solved, rounded, output, damped)
 
 
 class _Finished(NamedTuple):
@@ -385,16 +407,6 @@ def _finish(
         for rounded, part, grid in zip(prepared.rounded, packed, grids, strict=True)
     ]
     return _Finished(solved, loss, _clipped(prepared.stacked, wide, scheme))
-
-
-@partial(jax.jit, compiler_options=FULL_FLOAT32)
-def _losses(
-    weight: jax.Array, codes: jax.Array, wide: Grid, moments: jax.Array, damping: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Of each row, `[N]`: without damping, and with it."""
-    errors = _errors(weight, codes, wide)
-    loss = energy(errors, moments)
-    return loss, loss + 0.5 * jnp.sum(damping * jnp.square(errors), axis=1)
 
 
 def _errors(weight: jax.Array, codes: jax.Array, wide: Grid) -> jax.Array:
