@@ -20,6 +20,7 @@ def options() -> argparse.Namespace:
         batch=[2],
         context=[16],
         repeat=1,
+        together=2,  # two waves
         timeout=120,
         scratch=None,
         peer_python=None,

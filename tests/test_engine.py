@@ -1,5 +1,9 @@
 """The engine: rows, shapes and programs; what a broken sequence does to its neighbours."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +13,8 @@ from qllama.config import LlamaConfig
 from qllama.engine.buckets import bucket
 from qllama.engine.engine import Engine
 from qllama.engine.programs import Features
-from qllama.engine.request import Request
-from qllama.engine.runner import Runner
+from qllama.engine.request import Burst, Request
+from qllama.engine.runner import Flight, Runner
 from qllama.engine.sampling_params import SamplingParams
 from qllama.model.init import init_llama
 
@@ -158,6 +162,41 @@ def test_a_stop_string_frees_the_row_at_once() -> None:
     assert run(engine, [stopped, after]) == [stopped.output, expected]
     assert len(stopped.output) == 1
     assert stopped.finish_reason == "stop"
+
+
+def test_the_device_has_its_next_work_before_its_tokens_are_fetched() -> None:
+    runner = make_runner()
+    engine = make_engine(runner)
+    calls: list[str] = []
+
+    def decode() -> Flight:
+        calls.append("decode")
+        return Runner.decode(runner)
+
+    def fetch(flight: Flight) -> Iterator[tuple[int, Request, Burst]]:
+        calls.append("fetch")
+        return Runner.fetch(runner, flight)
+
+    count = 2 + 2 * runner.steps
+    with mock.patch.multiple(runner, decode=decode, fetch=fetch):
+        params = SamplingParams(temperature=0, max_tokens=count)
+        [output] = run(engine, [request(5, params=params)])
+    assert len(output) == count
+    # One token is the prompt's; nothing is started that could only be thrown away.
+    assert calls == ["decode", "decode", "fetch", "decode", "fetch", "fetch"]
+
+
+def test_what_a_row_does_after_its_end_is_of_no_one() -> None:
+    runner = make_runner()
+    lengths = [3, 40, 17, 90, 5, 33]
+    full = run(make_engine(runner), [request(n) for n in lengths])
+    stops = [text[2 * i] for i, text in enumerate(full)]  # in the first, second, ... dispatch
+    expected = [text[: text.index(stop) + 1] for text, stop in zip(full, stops, strict=True)]
+    params = [replace(GREEDY, stop_token_ids=[stop]) for stop in stops]
+    for rows in (1, 2, 8):
+        requests = [request(n, params=p) for n, p in zip(lengths, params, strict=True)]
+        assert run(make_engine(runner, max_num_seqs=rows), requests) == expected
+        assert {r.finish_reason for r in requests} == {"stop"}
 
 
 def test_on_compile_is_told_the_programs() -> None:

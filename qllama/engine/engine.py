@@ -1,7 +1,8 @@
 """Continuous batching over a fixed set of cache rows: who runs next, and in what shape.
 
 Prefill and decode are separate dispatches. Waiting requests are prefilled into free rows as soon
-as there are any; then all rows decode together, several steps a dispatch.
+as there are any; then all rows decode together, several steps a dispatch. A dispatch is followed by
+the next before its tokens are looked at, so that the device does not wait for the host.
 """
 
 import time
@@ -15,7 +16,7 @@ import numpy as np
 from qllama.engine.buckets import bucket
 from qllama.engine.programs import Features
 from qllama.engine.request import Burst, Request
-from qllama.engine.runner import Runner
+from qllama.engine.runner import Flight, Runner
 
 SMALLEST_CHUNK = 16  # tokens: shorter prompts are padded to this
 SMALLEST_CAPACITY = 128
@@ -59,13 +60,15 @@ class Engine:
         waiting = deque(requests)
         runner = self.runner
         runner.reset(self._row_count(requests), Features.of(requests))
-        while waiting or any(runner.rows):
-            rows = self._admit(waiting)
-            if rows:
-                yield from self._prefill(rows)
-            else:
-                self._reserve(ahead=runner.steps)
-                yield from self._deliver(runner.decode())
+        flight: Flight | None = None
+        while waiting or flight or any(runner.rows):
+            if admitted := self._admit(waiting):
+                yield from self._prefill(admitted)
+                continue
+            following = self._decode(flight)
+            if flight is not None:
+                yield from self._deliver(runner.fetch(flight))
+            flight = following
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         """float32 logits `[T, V]` of every position of one text, int32 `[T]`."""
@@ -116,6 +119,18 @@ class Engine:
             rows = [row for row, request in admitted.items() if len(request.prompt) > start]
             yield from self._deliver(self.runner.prefill(rows, start, chunk))
 
+    def _decode(self, flight: Flight | None) -> Flight | None:
+        """Start the next dispatch behind `flight`, unless every request will have ended by then."""
+        steps = self.runner.steps
+        flying = flight.requests if flight is not None else ()
+        for request in self.runner.rows:
+            if request is not None:
+                expected = len(request.output) + steps * (request in flying)
+                if expected < request.max_tokens:
+                    self._reserve(ahead=2 * steps)
+                    return self.runner.decode()
+        return None
+
     def _reserve(self, ahead: int = 0) -> None:
         """Room in the cache for every text and `ahead` tokens more, as far as it may go on."""
         needs = [
@@ -129,11 +144,9 @@ class Engine:
         capacity = bucket(tokens, SMALLEST_CAPACITY, largest=self.max_model_len)
         return -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
 
-    def _deliver(self, bursts: Iterable[tuple[int, Burst]]) -> Iterator[Request]:
+    def _deliver(self, bursts: Iterable[tuple[int, Request, Burst]]) -> Iterator[Request]:
         """Hand each request what it got, and free the rows of those that ended."""
-        for row, burst in bursts:
-            request = self.runner.rows[row]
-            assert request is not None
+        for row, request, burst in bursts:
             request.receive(burst)
             if request.finish_reason is not None:
                 self.runner.release(row, clear=request.finish_reason == "error")

@@ -42,6 +42,7 @@ class Slots:
     token: jax.Array  # int32 [B], the last token, not yet in the cache
     length: jax.Array  # int32 [B], tokens in the cache
     limit: jax.Array  # int32 [B], tokens the whole text may have
+    running: jax.Array  # bool [B], has not come to its end
     sampling: SamplingState
     penalties: Penalties | None
 
@@ -167,7 +168,7 @@ def _prompt_logprobs(
 
 
 def decode(
-    model: Llama, cache: KVCache, slots: Slots, alive: jax.Array, *, steps: int, features: Features
+    model: Llama, cache: KVCache, slots: Slots, wanted: jax.Array, *, steps: int, features: Features
 ) -> tuple[KVCache, Slots, jax.Array, SampleOutput]:
     """`steps` steps of every row; one that ends computes on, and nothing of it is kept.
 
@@ -175,7 +176,7 @@ def decode(
         model: the weights.
         cache: of B rows.
         slots: of B rows.
-        alive: bool `[B]`, the rows that are in use.
+        wanted: bool `[B]`, the rows that somebody waits for.
         steps: how many.
         features: see there.
 
@@ -185,9 +186,10 @@ def decode(
     """
 
     def step(
-        carry: tuple[KVCache, Slots, jax.Array], _: None
-    ) -> tuple[tuple[KVCache, Slots, jax.Array], tuple[jax.Array, SampleOutput]]:
-        cache, slots, alive = carry
+        carry: tuple[KVCache, Slots], _: None
+    ) -> tuple[tuple[KVCache, Slots], tuple[jax.Array, SampleOutput]]:
+        cache, slots = carry
+        alive = slots.running & wanted
         positions = jnp.where(alive, slots.length, cache.capacity)
         hidden, cache = model(
             slots.token[:, None], positions[:, None], cache, lengths=slots.length + 1
@@ -202,18 +204,19 @@ def decode(
             bits_per_pass=_bits_per_pass(),
         )
         drawn = jnp.where(alive, output.token, -1)
+        length = slots.length + alive
+        stopped = (drawn[:, None] == slots.sampling.stop_ids).any(axis=1)
         slots = replace(
             slots,
             token=jnp.where(alive, drawn, slots.token),
-            length=slots.length + alive,
+            length=length,
+            running=slots.running & ~stopped & (length + 1 < slots.limit),
             penalties=None if slots.penalties is None else slots.penalties.update(drawn),
         )
-        stopped = (drawn[:, None] == slots.sampling.stop_ids).any(axis=1)
-        full = slots.length + 1 >= slots.limit
-        return (cache, slots, alive & ~stopped & ~full), (alive, output)
+        return (cache, slots), (alive, output)
 
     # A static trip count: a GPU runs it without asking the host.
-    (cache, slots, _), (ran, output) = jax.lax.scan(step, (cache, slots, alive), length=steps)
+    (cache, slots), (ran, output) = jax.lax.scan(step, (cache, slots), length=steps)
     return cache, slots, ran, output
 
 
@@ -249,7 +252,8 @@ def free_slots(rows: int, vocab_size: int, features: Features, over: NamedShardi
         penalties = Penalties.neutral(rows, vocab_size, features.bad_words)
     token, length, limit = (jnp.zeros(rows, jnp.int32) for _ in range(3))
     sampling = SamplingState.neutral(rows, features.num_stop_ids)
-    slots = Slots(token, length, limit, sampling, penalties)
+    running = jnp.zeros(rows, bool)
+    slots = Slots(token, length, limit, running, sampling, penalties)
     return jax.lax.with_sharding_constraint(slots, over)
 
 

@@ -8,6 +8,7 @@ per static shape and kept. What they compute is in `qllama.engine.programs`.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -38,9 +39,18 @@ from qllama.parallel.placement import cache_sharding, partition_specs
 ONE_SHOT_SUMS = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True}
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A decode dispatch whose tokens have not been fetched."""
+
+    requests: tuple[Request | None, ...]  # whose each row was
+    ran: jax.Array  # bool [steps, B], whether the row was still running
+    output: SampleOutput  # [steps, B, ...]
+
+
 class Runner:
     """Owns the weights, the cache and the slots. `reset` begins a run; rows are then filled by
-    `admit` and `prefill`, and advance together with `decode`."""
+    `admit` and `prefill`, and advance together with `decode`, whose tokens `fetch` brings."""
 
     def __init__(
         self,
@@ -124,11 +134,13 @@ class Runner:
                 programs.clear_row, self.cache, row_id, donate=(0,), over=self.cached
             )
 
-    def prefill(self, rows: Sequence[int], start: int, size: int) -> Iterator[tuple[int, Burst]]:
+    def prefill(
+        self, rows: Sequence[int], start: int, size: int
+    ) -> Iterator[tuple[int, Request, Burst]]:
         """Read prompt tokens `start` to `start + size` of the requests in `rows`.
 
-        Yields (row, first token) for each prompt that ends in the chunk. Prompt log probabilities
-        are appended to the requests.
+        Yields row, request and first token for each prompt that ends in the chunk. Prompt log
+        probabilities are appended to the requests.
         """
         assert self.cache is not None
         padded = bucket(len(rows))
@@ -169,25 +181,29 @@ class Runner:
                     for t in range(known)
                 ]
             if start + count[i] == length[i]:
-                yield row, _burst(request, output, [(i,)])
+                yield row, request, _burst(request, output, [(i,)])
 
-    def decode(self) -> Iterator[tuple[int, Burst]]:
-        """Run `steps` steps of all occupied rows; yields each row with what it got."""
-        alive = np.array([request is not None for request in self.rows])
+    def decode(self) -> Flight:
+        """Start `steps` steps of all occupied rows that are still running, and wait for nothing."""
+        wanted = np.array([request is not None for request in self.rows])
         self.cache, self.slots, ran, output = self._call_model(
             programs.decode,
             self.cache,
             self.slots,
-            alive,
+            wanted,
             donate=(1, 2),
             steps=self.steps,
             features=self.features,
         )
-        ran, output = jax.device_get((ran, output))
-        for row, request in enumerate(self.rows):
-            if request is not None:
+        return Flight(tuple(self.rows), ran, output)
+
+    def fetch(self, flight: Flight) -> Iterator[tuple[int, Request, Burst]]:
+        """Wait for a dispatch; yields row, request and tokens of all that have not ended since."""
+        ran, output = jax.device_get((flight.ran, flight.output))
+        for row, request in enumerate(flight.requests):
+            if request is not None and request.finish_reason is None:
                 places = [(int(t), row) for t in np.flatnonzero(ran[:, row])]
-                yield row, _burst(request, output, places)
+                yield row, request, _burst(request, output, places)
 
     def hidden_states(self, tokens: np.ndarray, chunk: int) -> Iterator[jax.Array]:
         """What lm_head reads of one text, int32 `[T]`: `[chunk, D]` at a time, the last padded."""
@@ -255,7 +271,8 @@ class Runner:
         )
         penalties = self._penalties(request) if self.features.variant == "full" else None
         limit = int32(length + request.max_tokens)
-        return Slots(int32(0), int32(0), limit, sampling, penalties)
+        running: Any = np.bool_(True)
+        return Slots(int32(0), int32(0), limit, running, sampling, penalties)
 
     def _penalties(self, request: Request) -> Penalties:
         params = request.params
