@@ -56,6 +56,7 @@ CASES = [
     Case(scheme="W4A16_ASYM", settings={"observer": "absmax"}),
     Case(scheme="W4A16_ASYM", settings={"observer": "mse"}),
     Case(scheme="W4A16_ASYM", settings={"refit": True}),
+    Case(scheme="W4A16_ASYM", settings={"dampening_reference": "clipmean"}),
     Case(scheme="W8A16", settings=RTN),
     Case(scheme="W8A16"),
     Case(scheme="W8A8", settings=RTN, peer="w8a8_rtn"),

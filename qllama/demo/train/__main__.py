@@ -12,7 +12,6 @@ _TRAINING = {  # field of Settings -> what it is
     "steps": "",
     "batch": "sequences a step",
     "length": "tokens a sequence",
-    "rounding": "share of the steps, the last, that round the weights to W4A16; 0: none",
     "seed": "",
 }
 
@@ -43,13 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.add_argument("--validation", help="the novel to validate on (persuasion.txt)")
     for name, default in asdict(Settings()).items():
         if name in _TRAINING:
-            kind = type(default)
-            training.add_argument(
-                f"--{name}",
-                type=kind,
-                metavar="SHARE" if kind is float else "N",
-                help=f"{_TRAINING[name]} ({default})".strip(),
-            )
+            explained = f"{_TRAINING[name]} ({default})".strip()
+            training.add_argument(f"--{name}", type=int, metavar="N", help=explained)
     args = vars(parser.parse_args(arguments))
     text, out, source, sequences = (
         args.pop(name) for name in ("text", "out", "from_float", "calibration")

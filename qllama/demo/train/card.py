@@ -29,7 +29,6 @@ def model_card(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         dropout=settings.dropout,
-        kept=_ROUNDED.format(settings.rounding) if settings.rounding else _NOT_ROUNDED,
         seed=settings.seed,
         seconds=f"{training.seconds:.0f}",
         device=training.device,
@@ -42,12 +41,6 @@ def model_card(
         gptq=f"{quantized.gptq:.2f}",
     )
 
-
-_ROUNDED = """\
-In the last {:.0%} of the steps the weights were rounded to W4A16 in the forward pass
-  (straight-through estimator). Kept is the state with the lowest validation loss after rounding to
-  nearest."""
-_NOT_ROUNDED = "Kept is the state with the lowest validation loss."
 
 _CARD = Template("""\
 ---
@@ -97,8 +90,8 @@ weight decay, dropout and when to stop.
   what is answered is the next paragraph of a novel.
 - $steps steps of $batch sequences, about $epochs passes over the texts. AdamW, learning rate
   $learning_rate with warm-up and cosine decay, weight decay $weight_decay, dropout $dropout on what
-  each block adds to the residual stream, gradients clipped to norm 1, seed $seed.
-- $kept
+  each block adds to the residual stream, gradients clipped to norm 1, seed $seed. Kept is the state
+  with the lowest validation loss.
 - $seconds seconds on one $device, compilation included.
 
 ## Quantization

@@ -37,14 +37,9 @@ class Settings:
     warmup: float = 0.05
     weight_decay: float = 2.0  # and dropout: found by comparing validation losses
     dropout: float = 0.4
-    rounding: float = 0.4  # share of the steps, the last, in which weights are rounded; may be 0
     evaluate_every: int = 100
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rounding <= 1:
-            raise ValueError(f"rounding={self.rounding} must be a share of the steps, 0 to 1")
 
-
-CALIBRATION_SEQUENCES = 64
-"""Of `Settings.length` tokens, for GPTQ: sixty times as many tokens as any Linear has inputs."""
+CALIBRATION_SEQUENCES = 256
+"""Of `Settings.length` tokens, for GPTQ: 256 times as many tokens as any Linear has inputs."""

@@ -2,10 +2,7 @@
 
 The novels are few and the model sees each page dozens of times, so what matters is not to learn
 them by heart: dropout on what every block adds to the residual stream, and strong weight decay.
-On request (`Settings.rounding`) the last part of the training rounds the weights to W4A16 in the
-forward pass and lets the gradient through (a straight-through estimator, Bengio et al., 2013), so
-that little is lost when they are quantized. Kept is the state with the lowest validation loss, then
-with the weights rounded to nearest.
+Kept is the state with the lowest validation loss.
 """
 
 import json
@@ -27,8 +24,6 @@ from qllama.demo.train.settings import Settings
 from qllama.demo.train.text import Corpus, sample_batch
 from qllama.model.init import init_llama
 from qllama.model.llama import Llama
-from qllama.quantization.rtn import quantize_rtn
-from qllama.quantization.scheme import W4A16
 
 
 class TrainState(NamedTuple):
@@ -37,7 +32,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: nnx.State  # float32
     optimizer: optax.OptState
-    best_params: nnx.State  # at the lowest validation loss so far, rounded if training rounds
+    best_params: nnx.State  # at the lowest validation loss so far
     best_loss: jax.Array
     seconds: jax.Array  # spent in training so far
 
@@ -61,17 +56,6 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
             mask=partial(jax.tree.map, lambda p: p.ndim == 2),  # norms are left alone
         ),
     )
-
-
-def round_weights(params: nnx.State) -> nnx.State:
-    """The parameters rounded to nearest: Linears to W4A16, the rest to bfloat16."""
-
-    def stored(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
-        half = p.astype(jnp.bfloat16)
-        linear = p.ndim == 2 and "embed_tokens" not in jax.tree_util.keystr(path)
-        return quantize_rtn(half, W4A16).dequantize(p.dtype) if linear else half.astype(p.dtype)
-
-    return jax.tree_util.tree_map_with_path(stored, params)
 
 
 class Dropped:
@@ -108,17 +92,11 @@ def mean_loss(model: Llama, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def make_step(
-    graph: nnx.GraphDef[Llama], settings: Settings, dtype: jnp.dtype | type, *, rounding: bool
-) -> Any:
+def make_step(graph: nnx.GraphDef[Llama], settings: Settings, dtype: jnp.dtype | type) -> Any:
     """The jitted `(params, optimizer state, tokens, key) -> (params, optimizer state, loss)`."""
     optimizer = make_optimizer(settings)
 
     def loss(params: nnx.State, tokens: jax.Array, key: jax.Array) -> jax.Array:
-        if rounding:
-            rounded = round_weights(jax.lax.stop_gradient(params))
-            # The value is the rounded weight's, the gradient the master weight's.
-            params = jax.tree.map(lambda p, r: p + jax.lax.stop_gradient(r - p), params, rounded)
         model = nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), params))
         add_dropout(model, settings.dropout, key)
         return mean_loss(model, tokens)
@@ -177,11 +155,7 @@ def train(
         seconds=jnp.zeros((), jnp.float32),
     )
     evaluate = make_evaluation(graph, settings.batch)
-    steps = {
-        rounding: make_step(graph, settings, compute_dtype, rounding=rounding)
-        for rounding in (False, True)
-    }
-    rounding_from = settings.steps - round(settings.rounding * settings.steps)
+    take_step = make_step(graph, settings, compute_dtype)
     key = jax.random.key(settings.seed + 1)
     windows_on_device = jnp.asarray(validation)
 
@@ -192,7 +166,7 @@ def train(
         if latest is not None:
             state = manager.restore(latest, args=ocp.args.StandardRestore(state))
             print(f"resuming at step {latest} of {settings.steps}", flush=True)
-        print("   step   train    valid    valid W4A16   perplexity   seconds", flush=True)
+        print("   step   train    valid   perplexity   seconds", flush=True)
         start = time.monotonic() - float(state.seconds)
         losses: list[jax.Array] = []
         params, opt_state = state.params, state.optimizer
@@ -200,22 +174,20 @@ def train(
         for step in range(int(state.step), settings.steps):
             rng = np.random.default_rng((settings.seed, step))
             tokens = sample_batch(corpus, rng, settings.batch, settings.length)
-            params, opt_state, loss = steps[step >= rounding_from](
+            params, opt_state, loss = take_step(
                 params, opt_state, jnp.asarray(tokens), jax.random.fold_in(key, step)
             )
             losses.append(loss)
             done = step + 1
             if done % settings.evaluate_every and done < settings.steps:
                 continue
-            plain = float(evaluate(params, windows_on_device))
-            rounded = float(evaluate(round_weights(params), windows_on_device))
-            judged = rounded if settings.rounding else plain
+            judged = float(evaluate(params, windows_on_device))
             if judged < best_loss:
                 best_params, best_loss = jax.tree.map(jnp.copy, params), judged
             seconds = time.monotonic() - start
             print(
-                f"{done:7d} {np.mean(losses):7.3f} {plain:8.3f} {rounded:11.3f} "
-                f"{math.exp(judged):14.2f} {seconds:9.0f}",
+                f"{done:7d} {np.mean(losses):7.3f} {judged:8.3f} {math.exp(judged):12.2f} "
+                f"{seconds:9.0f}",
                 flush=True,
             )
             losses.clear()
