@@ -9,8 +9,9 @@ solved together, and so are gate and up. Weights and activations are random, and
 activations is summed again and again; time does not depend on their values. The model's forward
 passes and its files are no part of this.
 
-With `--model` it is one run of `qllama.quantize`, whose report says where the time went: writing
-is in it, compiling unless `--warm`, importing is not. `--peer NAME=SECONDS` is what another took.
+With `--model` it is one run of `qllama.quantize`, whose report says where the time went: exporting
+is in it, compiling unless `--warm`, importing is not; `io` is waiting for weights and for the
+journal. `--peer NAME=SECONDS` is what another took.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,7 @@ def bench_run(
     length: int = 2048,
     devices: int = 1,
     warm: bool = False,
+    scratch: Path | None = None,
     peers: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Time a run of `qllama.quantize` with its defaults; `warm`: after one that compiles it all.
@@ -145,13 +148,26 @@ def bench_run(
     from records import new_record
 
     import qllama
+    from qllama.gptq import pipeline
+
+    write_output = pipeline.write_output
+    export: list[float] = []
+
+    def timed_write_output(*arguments: Any) -> Any:
+        begin = time.perf_counter()
+        report = write_output(*arguments)
+        export.append(time.perf_counter() - begin)
+        return report
 
     def run(samples: int) -> tuple[Any, float]:
         begin = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
+        with (
+            tempfile.TemporaryDirectory(dir=scratch) as folder,
+            mock.patch.object(pipeline, "write_output", timed_write_output),
+        ):
             report = qllama.quantize(
                 model,
-                Path(scratch, "quantized"),
+                Path(folder, "quantized"),
                 scheme=scheme,
                 group_size=group_size,
                 dataset=dataset,
@@ -164,7 +180,8 @@ def bench_run(
     if warm:  # several batches of the same shape on every device
         run(min(samples, 3 * devices * max(1, tokens_per_batch() // length)))
     report, took = run(samples)
-    parts = {name: round(value, 2) for name, value in asdict(report.seconds).items()}
+    seconds = asdict(report.seconds) | {"export": export[-1]}
+    parts = {name: round(value, 2) for name, value in seconds.items()}
     return new_record(
         "gptq",
         devices=devices,
@@ -220,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--length", type=int, default=2048)
     run.add_argument("--devices", type=int, default=1, help="to spread the run over")
     run.add_argument("--warm", action="store_true", help="compile in a run before, of few samples")
+    run.add_argument("--scratch", type=Path, metavar="DIR", help="where it is written")
     run.add_argument("--peer", action="append", default=[], metavar="NAME=SECONDS")
     args = parser.parse_args(arguments)
     if args.model is not None:
@@ -233,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             length=args.length,
             devices=args.devices,
             warm=args.warm,
+            scratch=args.scratch,
             peers=peers,
         )
         print(json.dumps(record), flush=True)

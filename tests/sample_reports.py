@@ -56,7 +56,7 @@ def report(*linears: LinearReport, **others: Any) -> QuantizationReport:
         calibration=CalibrationReport(source="a.txt", sequences=8, tokens=4096, digest="f00d"),
         versions={"qllama": "1.2.3"},
         device="TPU <1>",
-        seconds=Seconds(forward=60.0, hessian=30.0, solve=20.0, io=10.0),
+        seconds=Seconds(forward=60.0, hessian=30.0, factor=5.0, solve=15.0, io=10.0),
         peak_host_bytes=2_000_000_000,
         peak_device_bytes=None,
         sizes=(

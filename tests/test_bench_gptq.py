@@ -43,6 +43,14 @@ def test_a_whole_model(tiny_llama3, tmp_path: Path) -> None:
     cell = {"benchmark": "gptq", "model": "bf16_original", "layers": 4, "samples": 4, "length": 32}
     assert record.items() >= {**cell, "scheme": "W4 g64, A16", "devices": 2}.items()
     assert record["peers"] == {"other tool": 9.5}
-    assert record["parts"].keys() == {"forward", "hessian", "solve", "io", "rest"}
+    assert record["parts"].keys() == {
+        "forward",
+        "hessian",
+        "factor",
+        "solve",
+        "io",
+        "export",
+        "rest",
+    }
     assert sum(record["parts"].values()) == pytest.approx(record["value"], abs=0.2)
     assert record["peak_bytes"]["host"] > 0

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -170,6 +171,29 @@ def test_finished_layers_are_not_quantized_again(
     assert len(report.linears) == 7 * LAYERS
     assert digests(output) == undisturbed
     assert not journal_folder(output).exists()
+
+
+def test_a_layer_is_written_while_the_next_is_solved(
+    source: Path,
+    tmp_path: Path,
+    undisturbed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solved = count_solves(monkeypatch)
+    write = journal.write_safetensors
+
+    def write_late(path: Path, *arguments: Any) -> Any:
+        layer = int(re.findall(r"unit_(\d+)", path.name)[0])
+        if layer < LAYERS - 1:
+            deadline = time.monotonic() + 60
+            while len(solved) <= 4 * (layer + 1):
+                assert time.monotonic() < deadline, "nobody goes on before this is written"
+                time.sleep(0.001)
+        return write(path, *arguments)
+
+    monkeypatch.setattr(journal, "write_safetensors", write_late)
+    quantize(source, tmp_path / "out")
+    assert digests(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])

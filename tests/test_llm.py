@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -401,10 +402,11 @@ def test_logit_bias_bad_words_and_penalties_reach_the_sampler(llm: LLM) -> None:
 
 
 def test_greedy_rows_do_not_notice_penalised_neighbours(llm: LLM) -> None:
-    params = [GREEDY, SamplingParams(temperature=0, max_tokens=12, repetition_penalty=1.5)]
-    batch = llm.generate(["Emma", "Emma"], params)
-    assert batch[0].outputs[0].token_ids == llm.generate("Emma", GREEDY)[0].outputs[0].token_ids
-    assert batch[0].outputs[0].token_ids != batch[1].outputs[0].token_ids
+    alone = llm.generate("Emma", GREEDY)[0].outputs[0].token_ids
+    penalised = replace(GREEDY, repetition_penalty=1.5, logit_bias={alone[0]: -100})
+    batch = llm.generate(["Emma", "Emma"], [GREEDY, penalised])
+    assert batch[0].outputs[0].token_ids == alone
+    assert alone[0] not in batch[1].outputs[0].token_ids
 
 
 def test_max_tokens_none_runs_to_the_models_length() -> None:

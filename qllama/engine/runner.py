@@ -199,11 +199,17 @@ class Runner:
 
     def fetch(self, flight: Flight) -> Iterator[tuple[int, Request, Burst]]:
         """Wait for a dispatch; yields row, request and tokens of all that have not ended since."""
+        waiting = [
+            (row, request)
+            for row, request in enumerate(flight.requests)
+            if request is not None and request.finish_reason is None
+        ]
+        if not waiting:
+            return
         ran, output = jax.device_get((flight.ran, flight.output))
-        for row, request in enumerate(flight.requests):
-            if request is not None and request.finish_reason is None:
-                places = [(int(t), row) for t in np.flatnonzero(ran[:, row])]
-                yield row, request, _burst(request, output, places)
+        for row, request in waiting:
+            places = [(int(t), row) for t in np.flatnonzero(ran[:, row])]
+            yield row, request, _burst(request, output, places)
 
     def hidden_states(self, tokens: np.ndarray, chunk: int) -> Iterator[jax.Array]:
         """What lm_head reads of one text, int32 `[T]`: `[chunk, D]` at a time, the last padded."""

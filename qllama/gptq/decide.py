@@ -13,7 +13,7 @@ from qllama.gptq.linear import quantize_gptq
 from qllama.gptq.nearest import quantize_nearest
 from qllama.gptq.observers import MAX_BAD_SHARE, InputObserver, fp8_scale
 from qllama.gptq.recipe import LinearRecipe
-from qllama.gptq.report import LinearReport, ScaleHistogram
+from qllama.gptq.report import LinearReport, ScaleHistogram, Seconds
 from qllama.gptq.smoothquant import (
     fold_into_norm,
     smooth_hessian,
@@ -84,7 +84,7 @@ class Quantizing(Replaying):
         self.smoothquant_strength = smoothquant_strength
         self.kv_cache = kv_cache
         self.on_linear = on_linear
-        self.seconds = 0.0  # of solving
+        self.seconds = Seconds()  # of solving
 
     def linears(
         self, names: Sequence[str], observe: Observe, norm: str | None = None
@@ -120,8 +120,8 @@ class Quantizing(Replaying):
             assert observer is not None
             assert observer.absmax is not None
             input_scale = fp8_scale(observer.absmax)
-        self._quantize(paths, weights, recipe, observer, input_scale, begin)
-        self.seconds += time.perf_counter() - begin
+        factor = self._quantize(paths, weights, recipe, observer, input_scale, begin)
+        self.seconds += Seconds(factor=factor, solve=time.perf_counter() - begin - factor)
         return [self.linear(path) for path in paths]
 
     def without_data(self) -> None:
@@ -159,7 +159,8 @@ class Quantizing(Replaying):
         observer: InputObserver | None,
         input_scale: np.float32 | None,
         begin: float,
-    ) -> None:
+    ) -> float:
+        """Fills `unit`; returns the seconds for the factor."""
         spread = _over_rows(weights, recipe.scheme, self.mesh)
         try:
             if recipe.algorithm == "gptq":
@@ -192,6 +193,7 @@ class Quantizing(Replaying):
             )
             self.unit.reports.append(report)
             self.on_linear(report)
+        return results[0].factor_seconds
 
 
 def _over_rows(

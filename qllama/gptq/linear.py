@@ -6,6 +6,7 @@ latter. Which of these happened, and why, is in the report that comes with every
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,6 +124,7 @@ class GPTQResult:
 
     weight: QTensor
     report: GPTQReport
+    factor_seconds: float = 0.0  # for the factor, which weights solved together share
 
 
 def quantize_gptq(
@@ -211,7 +213,9 @@ def quantize_gptq(
             tensor, report = rounded, _fall_back(report)
         if isinstance(weights[0], np.ndarray):
             tensor = jax.device_get(tensor)
-        results.append(GPTQResult(weight=tensor, report=report))
+        results.append(
+            GPTQResult(weight=tensor, report=report, factor_seconds=found.factor_seconds)
+        )
     return results
 
 
@@ -223,6 +227,7 @@ class _Codes:
     rung: Rung
     dampening_frac: float
     notes: tuple[str, ...]
+    factor_seconds: float  # on all rungs
 
 
 def _climb(
@@ -241,9 +246,13 @@ def _climb(
     first = options.dampening_frac
     if first is None:
         first = default_dampening_frac(moments.tokens, k)
+    factor_seconds = 0.0
     for rung, frac in _rungs(first) if moments.trouble is None else ():
         damping = moments.damping(frac)
+        begin = time.perf_counter()
         factors = factor(moments.matrix, damping, order, wide=rung != "fp32")
+        jax.block_until_ready(factors)
+        factor_seconds += time.perf_counter() - begin
         codes, account = solve(weight, factors, order, wide, scheme, rows=rows)
         losses = _losses(prepared, codes, moments.matrix, damping)
         expected, actual = _total(account), _total(losses.damped)
@@ -259,6 +268,7 @@ def _climb(
                 rung=rung,
                 dampening_frac=frac,
                 notes=tuple(notes),
+                factor_seconds=factor_seconds,
             )
     if moments.trouble is None:
         notes.append("rounded to nearest: no factor of the Hessian holds")
@@ -270,6 +280,7 @@ def _climb(
         rung="rtn",
         dampening_frac=0.0,
         notes=tuple(notes),
+        factor_seconds=factor_seconds,
     )
 
 

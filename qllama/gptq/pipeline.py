@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def _quantize_units(
     journal: Journal,
     display: Display,
 ) -> None:
-    """Quantize the units that the journal does not have, and write them into it."""
+    """Quantize the units that the journal does not have, and write them into it: each while the
+    next one is quantized."""
     walk = None if data is None else _start_walk(task, data)
     precision = "highest" if walk is not None and walk.dtype == jnp.float32 else "default"
     finished = len(journal.entries)
@@ -160,7 +162,11 @@ def _quantize_units(
     begin = time.perf_counter()
     # Without a walk there is nothing to take through the layers that are finished.
     wanted = everything if walk is not None else everything[finished:]
-    with jax.default_matmul_precision(precision):
+    written: Future[None] | None = None
+    with (
+        jax.default_matmul_precision(precision),
+        ThreadPoolExecutor(1, thread_name_prefix="journal") as writer,
+    ):
         for unit, weights in read_ahead(task.checkpoint, task.config, wanted, finished):
             io = time.perf_counter() - begin
             if unit.number < finished:
@@ -182,11 +188,15 @@ def _quantize_units(
                 on_linear=display.linear,
             )
             passed = _decide(decisions, unit, walk)
-            seconds = passed + Seconds(solve=decisions.seconds, io=io)
-            journal.append(decisions.unit, seconds)
+            seconds = passed + decisions.seconds + Seconds(io=io)
             name = LM_HEAD if unit.layer is None else f"layer {unit.layer}"
             display.unit(name, decisions.unit.reports)
             begin = time.perf_counter()
+            if written is not None:
+                written.result()
+            written = writer.submit(journal.append, decisions.unit, seconds)
+        if written is not None:
+            written.result()
 
 
 def _decide(decisions: Quantizing, unit: Unit, walk: Walk | None) -> Seconds:

@@ -88,8 +88,9 @@ class Seconds:
 
     forward: float = 0.0  # running the layers, with what was quantized before
     hessian: float = 0.0  # summing second moments and largest inputs
-    solve: float = 0.0  # scales, factors and codes
-    io: float = 0.0  # waiting for weights; the output is written after this is settled
+    factor: float = 0.0  # Cholesky factors
+    solve: float = 0.0  # scales, codes, losses
+    io: float = 0.0  # waiting for weights and journal; the output is written after this is settled
 
     def __add__(self, other: "Seconds") -> "Seconds":
         names = [f.name for f in dataclasses.fields(self)]
@@ -97,7 +98,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        return self.forward + self.hessian + self.solve + self.io
+        return self.forward + self.hessian + self.factor + self.solve + self.io
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,8 +25,9 @@ _WORST = 8  # Linears that are listed before one asks for all
 _PHASES = {
     "forward": "running the layers",
     "hessian": "second moments and observers",
+    "factor": "factors of the second moments",
     "solve": "scales and codes",
-    "io": "reading, writing, checking",
+    "io": "waiting for files",
 }
 
 
