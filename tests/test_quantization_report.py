@@ -1,11 +1,13 @@
 """The report of a run: what is written is read again, and nothing else is."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import sample_reports
 
+from qllama.cli.quantize import summary
 from qllama.gptq.report import QuantizationReport, ScaleHistogram, Seconds
 
 
@@ -58,3 +60,11 @@ def test_unknown_and_missing_fields_are_refused() -> None:
     for damaged in (value | {"other": 1}, {k: v for k, v in value.items() if k != "device"}):
         with pytest.raises(ValueError, match="damaged"):
             QuantizationReport.from_json(json.dumps(damaged))
+
+
+def test_the_command_says_where_all_of_the_time_went() -> None:
+    seconds = Seconds(forward=60.0, hessian=30.0, factor=5.0, solve=15.0, io=10.0)
+    report = sample_reports.report(sample_reports.linear(0, "mlp.up_proj"), seconds=seconds)
+    (line,) = [line for line in summary(report, dry_run=False).splitlines() if "forward" in line]
+    total, *parts = map(int, re.findall(r"\d+", line))
+    assert (total, sum(parts)) == (120, 120)

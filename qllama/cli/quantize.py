@@ -183,7 +183,8 @@ def _outcome(report: "QuantizationReport") -> Iterator[str]:
         yield f"loss of all Linears together: {ratio:.1%} of what rounding to nearest loses"
     yield (
         f"{seconds.total:.0f} s: forward {seconds.forward:.0f}, statistics {seconds.hessian:.0f}, "
-        f"solving {seconds.solve:.0f}, waiting for weights {seconds.io:.0f}"
+        f"factors {seconds.factor:.0f}, solving {seconds.solve:.0f}, "
+        f"waiting for files {seconds.io:.0f}"
     )
     troubled = sum(bool(linear.figures.notes) for linear in report.linears)
     if troubled:
