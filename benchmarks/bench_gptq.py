@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -150,20 +151,14 @@ def bench_run(
     import qllama
     from qllama.gptq import pipeline
 
-    write_output = pipeline.write_output
-    export: list[float] = []
-
-    def timed_write_output(*arguments: Any) -> Any:
-        begin = time.perf_counter()
-        report = write_output(*arguments)
-        export.append(time.perf_counter() - begin)
-        return report
+    exports: dict[str, list[float]] = {}
+    write_output = partial(_timed, exports, "export", pipeline.write_output)
 
     def run(samples: int) -> tuple[Any, float]:
         begin = time.perf_counter()
         with (
             tempfile.TemporaryDirectory(dir=scratch) as folder,
-            mock.patch.object(pipeline, "write_output", timed_write_output),
+            mock.patch.object(pipeline, "write_output", write_output),
         ):
             report = qllama.quantize(
                 model,
@@ -180,7 +175,7 @@ def bench_run(
     if warm:  # several batches of the same shape on every device
         run(min(samples, 3 * devices * max(1, tokens_per_batch() // length)))
     report, took = run(samples)
-    seconds = asdict(report.seconds) | {"export": export[-1]}
+    seconds = asdict(report.seconds) | {"export": exports["export"][-1]}
     parts = {name: round(value, 2) for name, value in seconds.items()}
     return new_record(
         "gptq",

@@ -505,4 +505,5 @@ def test_the_command_line_trains_and_writes(texts: Path, tmp_path: Path) -> None
     main(["--text", str(texts), "--out", str(out), *sizes])
     card = (out / "model" / "README.md").read_text()
     assert "- 2 steps of 1 sequences" in card
+    assert "Kept is the state\n  with the lowest validation loss.\n" in card
     assert load(out / "model").config.num_hidden_layers == ARCHITECTURE["num_hidden_layers"]

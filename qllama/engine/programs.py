@@ -42,9 +42,13 @@ class Slots:
     token: jax.Array  # int32 [B], the last token, not yet in the cache
     length: jax.Array  # int32 [B], tokens in the cache
     limit: jax.Array  # int32 [B], tokens the whole text may have
-    running: jax.Array  # bool [B], has not come to its end
     sampling: SamplingState
     penalties: Penalties | None
+
+    def ended(self) -> jax.Array:
+        """bool `[B]`: the last token stops the text, or fills it."""
+        stopped = (self.token[:, None] == self.sampling.stop_ids).any(axis=1)
+        return stopped | (self.length + 1 >= self.limit)
 
 
 @jax.tree_util.register_dataclass
@@ -189,7 +193,7 @@ def decode(
         carry: tuple[KVCache, Slots], _: None
     ) -> tuple[tuple[KVCache, Slots], tuple[jax.Array, SampleOutput]]:
         cache, slots = carry
-        alive = slots.running & wanted
+        alive = wanted & ~slots.ended()
         positions = jnp.where(alive, slots.length, cache.capacity)
         hidden, cache = model(
             slots.token[:, None], positions[:, None], cache, lengths=slots.length + 1
@@ -204,13 +208,10 @@ def decode(
             bits_per_pass=_bits_per_pass(),
         )
         drawn = jnp.where(alive, output.token, -1)
-        length = slots.length + alive
-        stopped = (drawn[:, None] == slots.sampling.stop_ids).any(axis=1)
         slots = replace(
             slots,
             token=jnp.where(alive, drawn, slots.token),
-            length=length,
-            running=slots.running & ~stopped & (length + 1 < slots.limit),
+            length=slots.length + alive,
             penalties=None if slots.penalties is None else slots.penalties.update(drawn),
         )
         return (cache, slots), (alive, output)
@@ -252,8 +253,7 @@ def free_slots(rows: int, vocab_size: int, features: Features, over: NamedShardi
         penalties = Penalties.neutral(rows, vocab_size, features.bad_words)
     token, length, limit = (jnp.zeros(rows, jnp.int32) for _ in range(3))
     sampling = SamplingState.neutral(rows, features.num_stop_ids)
-    running = jnp.zeros(rows, bool)
-    slots = Slots(token, length, limit, running, sampling, penalties)
+    slots = Slots(token, length, limit, sampling, penalties)
     return jax.lax.with_sharding_constraint(slots, over)
 
 

@@ -277,8 +277,7 @@ class Runner:
         )
         penalties = self._penalties(request) if self.features.variant == "full" else None
         limit = int32(length + request.max_tokens)
-        running: Any = np.bool_(True)
-        return Slots(int32(0), int32(0), limit, running, sampling, penalties)
+        return Slots(int32(0), int32(0), limit, sampling, penalties)
 
     def _penalties(self, request: Request) -> Penalties:
         params = request.params

@@ -187,20 +187,20 @@ def energy(errors: jax.Array, moments: jax.Array) -> jax.Array:
     """`d H d^T / 2` of every row d: the mean of `(d x_t)^2` over the tokens.
 
     Args:
-        errors: `[..., K]`, usually W - Q.
+        errors: `[N, K]`, usually W - Q.
         moments: `H`, float32 `[K, K]`, symmetric.
 
     Returns:
-        float32 `[...]`.
+        float32 `[N]`.
     """
     k = moments.shape[0]
     errors = errors.astype(jnp.float32)
-    total = jnp.zeros(errors.shape[:-1], jnp.float32)
+    total = jnp.zeros(errors.shape[0], jnp.float32)
     for start, stop in _panels(k, 2):
         # What lies left of a diagonal block equals what lies below it.
         column = moments[start:, start:stop].at[stop - start :].multiply(2.0)
-        product = jnp.dot(errors[..., start:], column, precision=lax.Precision.HIGHEST)
-        total += jnp.sum(product * errors[..., start:stop], axis=-1)
+        product = jnp.dot(errors[:, start:], column, precision=lax.Precision.HIGHEST)
+        total += jnp.sum(product * errors[:, start:stop], axis=1)
     return total / 2
 
 

@@ -98,7 +98,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        return self.forward + self.hessian + self.factor + self.solve + self.io
+        return sum(dataclasses.astuple(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
