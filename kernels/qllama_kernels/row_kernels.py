@@ -220,15 +220,11 @@ def swiglu(
     if cut.columns > MAX_SUMMED:
         gate_up = add_up(gate_up)[None]
 
-    def silu(x):
-        """In the steps of `jax.nn.silu`."""
-        sigmoid = rounded(1.0 / rounded(1.0 + rounded(jnp.exp(-x), dtype), dtype), dtype)
-        return rounded(x * sigmoid, dtype)
-
     def kernel(row, inputs, given_scale, outputs):
         gate = row.load_sum(inputs[0], dtype)
         up = row.load_sum(inputs[0], dtype, start=cut.pieces)
-        row.store_output(rounded(silu(gate) * up, dtype), outputs, given_scale)
+        silu = rounded(gate * (1.0 / (1.0 + jnp.exp(-gate))), dtype)
+        row.store_output(rounded(silu * up, dtype), outputs, given_scale)
 
     inputs = [_pieces(cut, gate_up)]
     return _run(kernel, cut, gate_up.shape[1], inputs, given_scale, [out_dtype], 0, interpret)

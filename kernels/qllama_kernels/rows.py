@@ -81,7 +81,7 @@ def swiglu(
     codes: Codes | None = None,
     backend: str = "auto",
 ) -> jax.Array | QuantizedInput:
-    """`silu(gate) * up`, `[M, D]`.
+    """`silu(gate) * up`, `[M, D]`, each of the two rounded once, as transformers and vLLM do.
 
     Args:
         gate_up: `[S, M, 2D]`, gates first, like the addends of `residual_norm`.
@@ -91,8 +91,7 @@ def swiglu(
     dtype = jnp.dtype(dtype)
     shape = (*gate_up.shape[1:-1], gate_up.shape[-1] // 2)
     if not _kernel_runs(backend, shape, dtype):
-        gate, up = jnp.split(add_up(gate_up).astype(dtype), 2, axis=-1)
-        return _coded(jax.nn.silu(gate) * up, codes)
+        return _coded(_swiglu(gate_up, dtype), codes)
     arrays = (gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1]),)
     outputs = _run(row_kernels.swiglu, arrays, codes, dtype, backend, dtype=dtype)
     return _shaped(outputs, shape, codes)
@@ -115,17 +114,23 @@ def quantize(x: jax.Array, codes: Codes, *, backend: str = "auto") -> QuantizedI
 def _residual_norm(
     x: jax.Array, addends: jax.Array | None, weight: jax.Array, eps: float, codes: Codes | None
 ) -> tuple[jax.Array, jax.Array | QuantizedInput]:
+    dtype, wide = x.dtype, x.astype(jnp.float32)
     if addends is not None:
-        x = x + add_up(addends).astype(x.dtype)
-    wide = x.astype(jnp.float32)
+        wide = _rounded(wide + _rounded(add_up(addends), dtype), dtype)
     variance = jnp.mean(wide * wide, axis=-1, keepdims=True) + eps
-    if x.dtype == jnp.float32:
+    if dtype == jnp.float32:
         # XLA's rsqrt is off by a bit, which moves whole rows across the rounding ties that
         # quantized activations have. The barrier keeps XLA from making one of these two.
         inverse = 1.0 / lax.optimization_barrier(jnp.sqrt(variance))
     else:
         inverse = lax.rsqrt(variance)
-    return x, _coded(weight * (wide * inverse).astype(x.dtype), codes)
+    normed = _rounded(weight.astype(jnp.float32) * _rounded(wide * inverse, dtype), dtype)
+    return wide.astype(dtype), _coded(normed.astype(dtype), codes)
+
+
+def _swiglu(gate_up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    gate, up = jnp.split(_rounded(add_up(gate_up), dtype), 2, axis=-1)
+    return (_rounded(jax.nn.silu(gate), dtype) * up).astype(dtype)
 
 
 def _coded(x: jax.Array, codes: Codes | None) -> jax.Array | QuantizedInput:
@@ -133,7 +138,7 @@ def _coded(x: jax.Array, codes: Codes | None) -> jax.Array | QuantizedInput:
 
 
 def _quantized(x: jax.Array, codes: Codes) -> QuantizedInput:
-    x = x.astype(jnp.float32)
+    x = _rounded(x, x.dtype)
     if codes.scale is not None:
         return QuantizedInput(to_float8(x * (1.0 / codes.scale)), codes.scale)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -141,6 +146,19 @@ def _quantized(x: jax.Array, codes: Codes) -> QuantizedInput:
         return QuantizedInput(to_int8(x, absmax), int8_scale(absmax))
     scale = float8_scale(absmax)
     return QuantizedInput(to_float8(x * (1.0 / scale)), scale)
+
+
+def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32, but only numbers that `dtype` has.
+
+    Where bfloat16 is cast to and back, XLA may leave both out; then neither sums nor codes are
+    those of the kernels, nor of transformers. (`reduce_precision` has no subnormal numbers: of
+    bfloat16 they are float32's, which are flushed anyway, but of float16 they are not.)
+    """
+    values = values.astype(jnp.float32)
+    if dtype != jnp.bfloat16:
+        return values.astype(dtype).astype(jnp.float32)
+    return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
 
 
 # -- kernels ---------------------------------------------------------------------------------------

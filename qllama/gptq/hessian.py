@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# For programs with large float32 products in full precision. XLA for GPUs would try out many of
-# Triton's for each, none of which has tensor cores to use, before it turns to cuBLAS.
-FULL_FLOAT32 = {"xla_gpu_enable_triton_gemm": False}
+# For the programs of large float32 products in full precision, and of Hessians. XLA for GPUs would
+# try out many of Triton's for each: seconds of compiling. Of the former none has tensor cores to
+# use; of the latter one is chosen that takes 10.2 ms for 16k tokens of 14336 features where cuBLAS
+# takes 7.4 (H100).
+WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
 
 # What a damping fraction is of: the mean of diag H, or the mean with each entry cut to ten
 # medians, so that a few massive channels do not raise everyone's damping.
@@ -67,7 +69,7 @@ def accumulate(hessian: Hessian, x: jax.Array, mask: jax.Array | None = None) ->
     return _accumulate(hessian, x, mask)
 
 
-@jax.jit(donate_argnums=0)
+@jax.jit(donate_argnums=0, compiler_options=WITHOUT_TRITON)
 def _accumulate(hessian: Hessian, x: jax.Array, mask: jax.Array | None) -> Hessian:
     k = x.shape[-1]
     x = x.reshape(-1, k)

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from qllama_kernels.packing import pack_int4
 
 from qllama.gptq.hessian import (
-    FULL_FLOAT32,
+    WITHOUT_TRITON,
     DampeningReference,
     Hessian,
     Moments,
@@ -338,7 +338,7 @@ class _Prepared(NamedTuple):
     wide: Grid
 
 
-@partial(jax.jit, static_argnames=("scheme", "observer"), compiler_options=FULL_FLOAT32)
+@partial(jax.jit, static_argnames=("scheme", "observer"), compiler_options=WITHOUT_TRITON)
 def _prepare(
     weights: list[jax.Array],
     moments: jax.Array,
@@ -371,7 +371,7 @@ class _Losses(NamedTuple):
     damped: jax.Array  # `solved`, with damping
 
 
-@partial(jax.jit, compiler_options=FULL_FLOAT32)
+@partial(jax.jit, compiler_options=WITHOUT_TRITON)
 def _losses(
     prepared: _Prepared, codes: jax.Array, moments: jax.Array, damping: jax.Array
 ) -> _Losses:
@@ -392,7 +392,7 @@ class _Finished(NamedTuple):
     clipped: jax.Array  # [N], weights more than half a step beyond their grid
 
 
-@partial(jax.jit, static_argnames=("scheme", "refit"), compiler_options=FULL_FLOAT32)
+@partial(jax.jit, static_argnames=("scheme", "refit"), compiler_options=WITHOUT_TRITON)
 def _finish(
     prepared: _Prepared,
     codes: jax.Array,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qllama.gptq.hessian import FULL_FLOAT32
+from qllama.gptq.hessian import WITHOUT_TRITON
 from qllama.gptq.scales import Grid, code_dtype, dequantize_code, round_to_code
 from qllama.quantization.scheme import QuantScheme
 
@@ -64,7 +64,7 @@ def _factor(moments: jax.Array, damping: jax.Array, order: jax.Array, *, wide: b
     return Factor(feedback.astype(jnp.float32), jnp.square(root).astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnames=("scheme", "rows", "super_block"), compiler_options=FULL_FLOAT32)
+@partial(jax.jit, static_argnames=("scheme", "rows", "super_block"), compiler_options=WITHOUT_TRITON)
 def solve(
     weight: jax.Array,
     factor: Factor,
