@@ -169,29 +169,39 @@ def sums_alone(model: Any, batch: int) -> float:
 
     from qllama.parallel.layers import all_reduce
     from qllama.parallel.mesh import replicas, replicated
+    from qllama.parallel.placement import partition_specs
 
     (mesh,) = replicas(model.mesh)
     if mesh.size == 1:
         return 0.0
-    count = 2 * model.config.num_hidden_layers + 1
+    count = 2 * model.config.num_hidden_layers
+    peers = model.model.layers[0].mlp.down_proj.peers
+    addresses = None if peers is None else peers[...]
 
-    def sums(x: jax.Array) -> jax.Array:
+    def sums(x: jax.Array, addresses: jax.Array | None) -> jax.Array:
+        x = all_reduce(x) * (1 / mesh.size)  # the embedding's
         for _ in range(count):
-            x = all_reduce(x) * (1 / mesh.size)
+            x = all_reduce(x, addresses) * (1 / mesh.size)
         return x
 
     everywhere = PartitionSpec()
     program = jax.jit(
-        jax.shard_map(sums, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+        jax.shard_map(
+            sums,
+            mesh=mesh,
+            in_specs=(everywhere, partition_specs(addresses)),
+            out_specs=everywhere,
+            check_vma=False,
+        )
     )
     x = jax.device_put(
         jnp.ones((batch, 1, model.config.hidden_size), model.dtype), replicated(mesh)
     )
-    program(x).block_until_ready()
+    program(x, addresses).block_until_ready()
     times = []
     for _ in range(20):
         begin = time.perf_counter()
-        program(x).block_until_ready()
+        program(x, addresses).block_until_ready()
         times.append(time.perf_counter() - begin)
     return statistics.median(times) * 1e6
 

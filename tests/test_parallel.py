@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drafts import read_tensors
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qllama_convert.names import weight_shapes
+from qllama_kernels import all_reduce
 from test_golden import all_logits, assert_near, quantizes_activations, tolerances
 
 from qllama import LLM, SamplingParams
@@ -245,9 +246,20 @@ def test_a_decode_step_sums_twice_a_layer_and_gathers_once(tiny_llama3) -> None:
     assert not [line for line in text.splitlines() if f"f32[{cache}]" in line and " copy(" in line]
 
 
+@pytest.mark.parametrize("connected", [False, True])
 @pytest.mark.parametrize(("kind", "rows"), [("ct_w4a16_g128", 4), ("ct_w8a8_int8", 5)])
-def test_a_sharded_decode_step_lowers_for_gpus(tiny_llama3, kind: str, rows: int) -> None:
+def test_a_sharded_decode_step_lowers_for_gpus(
+    tiny_llama3, monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, connected: bool
+) -> None:
     """Each device packed its own parts; the kernels run on them inside the `shard_map`."""
+
+    def connect(mesh: Mesh) -> all_reduce.Peers:
+        over = NamedSharding(mesh, PartitionSpec("model"))
+        words = jnp.zeros((2, 8), jnp.uint32, device=over)
+        return all_reduce.Peers(words, jnp.zeros((2, 16), jnp.uint8, device=over))
+
+    if connected:
+        monkeypatch.setattr(all_reduce, "connect", connect)
     with LLM(tiny_llama3(kind), dtype="bfloat16", backend="pallas", tensor_parallel_size=2) as llm:
         run = llm._engines[0].runner
         run.reset(8, programs.Features())
@@ -259,9 +271,10 @@ def test_a_sharded_decode_step_lowers_for_gpus(tiny_llama3, kind: str, rows: int
         text = jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     # One for each shape; the parts of q|k|v and of down are both 256x256. Between them SwiGLU, the
     # codes of what o_proj reads, attention, and three norms: the first adds nothing, the last keeps
-    # no sum.
-    assert text.count("@mosaic_gpu_v2") == 3 + rows + 1
-    assert text.count("stablehlo.all_reduce") == 2 * llm.config.num_hidden_layers + 1
+    # no sum. Where devices can write to each other, one more sums; XLA sums the embedding's rows.
+    assert text.count("@mosaic_gpu_v2") == 3 + rows + 1 + connected
+    sums = 1 if connected else 2 * llm.config.num_hidden_layers + 1
+    assert text.count("stablehlo.all_reduce") == sums
 
 
 def test_each_device_holds_its_part_and_no_more(wide: Callable[[str], Path]) -> None:

@@ -117,6 +117,9 @@ def load_replicas(
         kind(build.config, embed_tokens[i], [layer[i] for layer in layers], norm[i], lm_head[i])
         for i in range(len(meshes))
     ]
+    for model, mesh in zip(models, meshes, strict=True):
+        if isinstance(model, ShardedLlama) and backend != "xla":
+            model.connect(mesh)
     jax.block_until_ready(models)
     return models
 

@@ -53,7 +53,7 @@ class Peers:
     """The workspaces of the devices along one mesh axis, alive as long as this is."""
 
     addresses: jax.Array  # uint32 [devices, 2 * (2 + devices)], over the axis; see `connect`
-    workspaces: tuple[jax.Array, ...]
+    workspaces: jax.Array  # uint8 [devices, bytes], likewise
 
 
 def largest(devices: int) -> int:
@@ -80,12 +80,12 @@ def connect(mesh: Mesh) -> Peers:
     if any(getattr(device, "compute_capability", None) != "9.0" for device in devices):
         raise NotImplementedError(f"sums over {devices[0].device_kind}: they are for Hopper")
     _let_write([device.local_hardware_id for device in devices])
-    length = HEADER + 2 * size * 2 * largest(size)
-    workspaces = tuple(jnp.zeros(length, jnp.uint8, device=device) for device in devices)
-    jax.block_until_ready(workspaces)
-    every = [workspace.unsafe_buffer_pointer() for workspace in workspaces]
-    words = np.array([[rank, every[rank], *every] for rank in range(size)], np.uint64)
     sharding = NamedSharding(mesh, PartitionSpec(axes[0]))
+    length = HEADER + 2 * size * 2 * largest(size)
+    workspaces = jnp.zeros((size, length), jnp.uint8, device=sharding).block_until_ready()
+    there = {shard.device: shard.data for shard in workspaces.addressable_shards}
+    every = [there[device].unsafe_buffer_pointer() for device in devices]
+    words = np.array([[rank, every[rank], *every] for rank in range(size)], np.uint64)
     return Peers(jax.device_put(words.view(np.uint32), sharding), workspaces)
 
 

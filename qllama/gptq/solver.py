@@ -64,7 +64,9 @@ def _factor(moments: jax.Array, damping: jax.Array, order: jax.Array, *, wide: b
     return Factor(feedback.astype(jnp.float32), jnp.square(root).astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnames=("scheme", "rows", "super_block"), compiler_options=WITHOUT_TRITON)
+@partial(
+    jax.jit, static_argnames=("scheme", "rows", "super_block"), compiler_options=WITHOUT_TRITON
+)
 def solve(
     weight: jax.Array,
     factor: Factor,

@@ -4,9 +4,13 @@ All else of the model is what one device would run, with its own heads and its o
 the residual stream is whole on every device.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from qllama_kernels import all_reduce as peer_memory
 from qllama_kernels.rows import Codes
 
 from qllama.model.dense import Dense, Input, QuantDense
@@ -14,9 +18,10 @@ from qllama.model.llama import Llama
 from qllama.parallel.mesh import MODEL
 
 
-def all_reduce(x: jax.Array) -> jax.Array:
-    """The sum of `x` over the devices of a replica, on each of them."""
-    return jax.lax.psum(x, MODEL)
+def all_reduce(x: jax.Array, peers: jax.Array | None = None) -> jax.Array:
+    """The sum of `x` over the devices of a replica, on each of them; small ones by the kernel that
+    writes to `peers`, see `ShardedLlama.connect`."""
+    return peer_memory.all_reduce(x, MODEL, peers=peers)
 
 
 class RowParallel(nnx.Module):
@@ -30,6 +35,7 @@ class RowParallel(nnx.Module):
     def __init__(self, dense: Dense | QuantDense, bias: jax.Array | None = None) -> None:
         self.dense = dense
         self.bias = None if bias is None else nnx.Param(bias)
+        self.peers: nnx.Variable[jax.Array] | None = nnx.data(None)  # see `connect`
 
     @property
     def input_codes(self) -> Codes | None:
@@ -41,7 +47,8 @@ class RowParallel(nnx.Module):
         return self(x)[None]
 
     def __call__(self, x: Input, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
-        out = all_reduce(self.dense(x, out_dtype))
+        peers = None if self.peers is None else self.peers[...]
+        out = all_reduce(self.dense(x, out_dtype), peers)
         if self.bias is None:
             return out
         biased = out.astype(jnp.float32) + self.bias[...].astype(jnp.float32)
@@ -50,6 +57,19 @@ class RowParallel(nnx.Module):
 
 class ShardedLlama(Llama):
     """A Llama of which this device holds a part; the vocabulary too is divided."""
+
+    workspaces: nnx.Variable[jax.Array] | None = None  # what the addresses of `connect` are of
+
+    def connect(self, mesh: Mesh) -> None:
+        """Let the Linears that write to the residual stream sum through the memory of their peers,
+        if the devices of `mesh`, which hold the model, can. The embedding's sum stays XLA's: with
+        it a program's devices meet before they look for each other's data."""
+        with contextlib.suppress(NotImplementedError):
+            peers = peer_memory.connect(mesh)
+            self.workspaces = nnx.Variable(peers.workspaces)
+            for _, module in nnx.iter_modules(self):
+                if isinstance(module, RowParallel):
+                    module.peers = nnx.Variable(peers.addresses)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         table = self.embed_tokens[...]
