@@ -218,7 +218,7 @@ def bench_decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 ]
         found: dict[tuple[str, str], dict[tuple[int, int], dict[str, Any]]] = {}
         waves += map(dict, itertools.batched(commands.items(), options.together))
-        measurements = (_run_in_turn(wave, options.timeout) for wave in waves)
+        measurements = (run_in_turn(wave, options.timeout) for wave in waves)
         for key, measured in itertools.chain.from_iterable(measurements):
             found[key] = measured
             scheme, backend = key
@@ -245,7 +245,7 @@ def _make(scratch: Path, scheme: str, options: argparse.Namespace) -> Path:
     return folder
 
 
-def _run_in_turn[K](
+def run_in_turn[K](
     commands: dict[K, list[str]], timeout: float
 ) -> Iterator[tuple[K, dict[tuple[int, int], dict[str, Any]]]]:
     """Start all commands; once each is ready or dead, let one after the other measure.

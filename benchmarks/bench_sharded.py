@@ -4,8 +4,10 @@
     python benchmarks/bench_sharded.py --shape llama-3.1-8b --scheme W4A16 --size 1 2 --batch 1 64
 
 A checkpoint has one random decoder layer, which is loaded again and again until the model has as
-many as its shape: all of them lie on the devices and run, while disk and host hold one. A step is
-the difference between generating many tokens and a few. `limit` is what one card's measured read
+many as its shape: all of them lie on the devices and run, while disk and host hold one. The models
+load and compile side by side, each in a process of its own, and are then timed one after the other:
+the cards must hold all their weights. A step is the difference between generating many tokens and a
+few. `limit` is what one card's measured read
 bandwidth allows with the weights, keys and values that it holds. `parts` are of one step and card:
 `collectives` as traced, `sums alone` the same all-reduces with nothing between them, both in
 microseconds, `held` and `planned` the bytes of the weights on it.
@@ -14,12 +16,11 @@ microseconds, `held` and `planned` the bytes of the weights on it.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,13 @@ def _original(name: str) -> str:
 # -- a process that is measured --------------------------------------------------------------------
 
 
-def measure(folder: Path, case: Case, repeat: int) -> list[dict[str, Any]]:
-    """Time a decode step of the model in `folder`, greedy, random tokens, for each batch."""
+def measure(
+    folder: Path, case: Case, repeat: int, wait: Callable[[], object] = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """Time a decode step of the model in `folder`, greedy, random tokens, for each batch.
+
+    `wait` is called when everything is compiled.
+    """
     import bench_decode as decode
     import jax
 
@@ -120,36 +126,36 @@ def measure(folder: Path, case: Case, repeat: int) -> list[dict[str, Any]]:
         return time.perf_counter() - begin
 
     few, many = decode.FEW, decode.MANY
+    for batch in case.batches:
+        for count in (few, many):
+            seconds(batch, count)
+    wait()
     weights = decode.bytes_a_step(model) / case.size
     cached = decode.bytes_a_token(model) * (case.context + (few + many) / 2) / case.size
     bandwidth = decode.read_bandwidth()
-    found = []
     for batch in case.batches:
-        for count in (few, many, few, many):
+        for count in (few, many):
             seconds(batch, count)
         steps = [(seconds(batch, many) - seconds(batch, few)) / (many - few) for _ in range(repeat)]
         short, long = (decode.traced(lambda n=n, b=batch: seconds(b, n)) for n in (few, many))
         long.subtract(short)
         kernels = {name: ns / (many - few) / 1e3 for name, ns in long.most_common()}
-        found.append(
-            {
-                "batch": batch,
-                "steps": steps,
-                "limit": (weights + batch * cached) / bandwidth,
-                "parts": {
-                    "matmuls": _total(kernels, lambda name: decode.kind(name) == "matmuls"),
-                    "collectives": _total(kernels, _is_collective),
-                    "sums alone": round(sums_alone(model, batch), 1),
-                    "held": held_bytes(model),
-                    "planned": planned_bytes(model, case.size),
-                    "load_s": round(loaded, 1),
-                },
-                "kernels": {name[:70]: round(us, 1) for name, us in list(kernels.items())[:24]},
-                "devices": [device.device_kind for device in jax.devices()[: case.size]],
-            }
-        )
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    return found
+        yield {
+            "batch": batch,
+            "context": case.context,
+            "steps": steps,
+            "limit": (weights + batch * cached) / bandwidth,
+            "parts": {
+                "matmuls": _total(kernels, lambda name: decode.kind(name) == "matmuls"),
+                "collectives": _total(kernels, _is_collective),
+                "sums alone": round(sums_alone(model, batch), 1),
+                "held": held_bytes(model),
+                "planned": planned_bytes(model, case.size),
+                "load_s": round(loaded, 1),
+            },
+            "kernels": {name[:70]: round(us, 1) for name, us in list(kernels.items())[:24]},
+            "devices": [device.device_kind for device in jax.devices()[: case.size]],
+        }
 
 
 def _total(kernels: dict[str, float], belongs: Any) -> float:
@@ -241,49 +247,64 @@ def planned_bytes(model: Any, size: int) -> int:
 # -- the parent ------------------------------------------------------------------------------------
 
 
-def bench_sharded(case: Case, scratch: Path | None, *, repeat: int = 5) -> list[dict[str, Any]]:
-    """One record for each batch of `case`; `value` in tokens per second."""
+def bench_sharded(
+    cases: Sequence[Case], scratch: Path | None, *, repeat: int = 5, timeout: float = 300.0
+) -> Iterator[list[dict[str, Any]]]:
+    """For each case one record for each batch, as they come; `value` in tokens per second."""
     from make_checkpoint import SHAPES, random_checkpoint
     from records import new_record
 
-    layers = case.layers or SHAPES[case.shape]["num_hidden_layers"]
-    case = Case(**(asdict(case) | {"layers": layers}))
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        checkpoint = random_checkpoint(
-            Path(folder) / "checkpoint", shape=case.shape, scheme=case.scheme, layers=1
-        )
-        cells = measure_apart(checkpoint, case, repeat)
-    records = []
-    for cell in cells:
-        rates = sorted(cell["batch"] / step for step in cell["steps"])
-        record = new_record(
-            "decode",
-            devices=case.size,
-            model=case.shape,
-            layers=case.layers,
-            scheme=case.scheme,
-            batch=cell["batch"],
-            context=case.context,
-            metric="tokens_per_second",
-            value=round(statistics.median(rates), 1),
-            spread=[round(rates[0], 1), round(rates[-1], 1)],
-            limit=round(cell["batch"] / cell["limit"], 1),
-            parts=cell["parts"],
-            peers={},
-        )
-        print(json.dumps(record), flush=True)
-        for name, us in cell["kernels"].items():
-            print(f"    {us:8.1f} us  {name}")
-        records.append(record)
-    return records
+    cases = [
+        replace(case, layers=case.layers or SHAPES[case.shape]["num_hidden_layers"])
+        for case in cases
+    ]
+    with tempfile.TemporaryDirectory(dir=scratch) as scratch_folder:
+        folders = {
+            case: Path(scratch_folder, f"{case.shape}-{case.scheme}-{case.size}") for case in cases
+        }
+        for case, folder in folders.items():
+            random_checkpoint(folder, shape=case.shape, scheme=case.scheme, layers=1)
+        for case, cells in measure_apart(folders, repeat, timeout):
+            records = []
+            for cell in cells:
+                rates = sorted(cell["batch"] / step for step in cell["steps"])
+                record = new_record(
+                    "decode",
+                    devices=case.size,
+                    model=case.shape,
+                    layers=case.layers,
+                    scheme=case.scheme,
+                    batch=cell["batch"],
+                    context=case.context,
+                    metric="tokens_per_second",
+                    value=round(statistics.median(rates), 1),
+                    spread=[round(rates[0], 1), round(rates[-1], 1)],
+                    limit=round(cell["batch"] / cell["limit"], 1),
+                    parts=cell["parts"],
+                    peers={},
+                )
+                print(json.dumps(record), flush=True)
+                for name, us in cell["kernels"].items():
+                    print(f"    {us:8.1f} us  {name}")
+                records.append(record)
+            yield records
 
 
-def measure_apart(checkpoint: Path, case: Case, repeat: int) -> list[dict[str, Any]]:
-    """`measure` in a process of its own, which gives the devices back."""
-    command = [sys.executable, __file__, "--measure", str(checkpoint)]
-    command += ["--case", json.dumps(asdict(case)), "--repeat", str(repeat)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def measure_apart(
+    folders: dict[Case, Path], repeat: int, timeout: float
+) -> Iterator[tuple[Case, Iterable[dict[str, Any]]]]:
+    """`measure` of all cases, in processes that load side by side and measure in turn."""
+    from bench_decode import run_in_turn
+
+    commands = {
+        case: [
+            *(sys.executable, __file__, "--measure", str(folder)),
+            *("--case", json.dumps(asdict(case)), "--repeat", str(repeat)),
+        ]
+        for case, folder in folders.items()
+    }
+    for case, cells in run_in_turn(commands, timeout):
+        yield case, cells.values()
 
 
 def compare(records: list[dict[str, Any]]) -> None:
@@ -304,6 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="merge the records into this file")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where checkpoints are made")
     parser.add_argument("--repeat", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds to load and compile")
     one = parser.add_argument_group("other than the standard cases")
     one.add_argument("--shape", metavar="NAME", help="of make_checkpoint, such as llama-3.1-8b")
     one.add_argument("--scheme", default="W8A8")
@@ -315,8 +337,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
-        found = measure(options.measure, Case(**options.case), options.repeat)
-        print(json.dumps(found))
+        case = Case(**(options.case | {"batches": tuple(options.case["batches"])}))
+
+        def wait() -> None:
+            print("READY", flush=True)
+            input()
+
+        for cell in measure(options.measure, case, options.repeat, wait):
+            print("CELL" + json.dumps(cell), flush=True)
         return 0
     cases = CASES
     if options.shape is not None:
@@ -333,12 +361,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
     records: list[dict[str, Any]] = []
     failed = False
-    for case in cases:
-        try:
-            records += bench_sharded(case, options.scratch, repeat=options.repeat)
-        except subprocess.CalledProcessError as error:
-            print(f"{case} failed with exit status {error.returncode}", file=sys.stderr)
-            failed = True
+    for found in bench_sharded(
+        cases, options.scratch, repeat=options.repeat, timeout=options.timeout
+    ):
+        failed |= not found
+        records += found
         compare(records)
         if options.json is not None:
             from records import merge_records

@@ -57,5 +57,5 @@ def test_a_process_that_hangs_is_stopped(tmp_path: Path) -> None:
             """print("READY"); input(); print('CELL{"batch": 1, "context": 2}')""",
         ],
     }
-    found = dict(bench_decode._run_in_turn(commands, 3))
+    found = dict(bench_decode.run_in_turn(commands, 3))
     assert found == {"hangs": {}, "hangs later": {}, "works": {(1, 2): {"batch": 1, "context": 2}}}

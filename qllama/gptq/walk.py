@@ -100,8 +100,13 @@ class Walk:
         self.placement = placement
         self.seconds = Seconds()
         self.x = self._stream()
+        # A row a token is much more to send than the table; there is room while nothing else runs.
+        tables = {
+            device: jax.device_put(embed_tokens, device).astype(dtype) for device in self.devices
+        }
         for i, batch in enumerate(batches):
-            self.x[i] = jax.device_put(embed_tokens[batch.tokens], batch.device).astype(dtype)
+            tokens = jax.device_put(batch.tokens, batch.device)
+            self.x[i] = _embedded(tables[batch.device], tokens)
         self.x.finish()
 
     def layer(self, decisions: Decisions) -> None:
@@ -235,6 +240,11 @@ class Walk:
             [self._dense(linear) for linear in linears],
             [linear.weight.shape[0] for linear in linears],
         )
+
+
+@jax.jit
+def _embedded(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    return table[tokens]
 
 
 # -- stages: of modules, the lengths of rows [B], and arrays of one batch --------------------------
