@@ -14,7 +14,7 @@ from qllama.engine.buckets import bucket
 from qllama.engine.engine import Engine
 from qllama.engine.programs import Features
 from qllama.engine.request import Burst, Request
-from qllama.engine.runner import Flight, Runner
+from qllama.engine.runner import Flight, Reading, Runner
 from qllama.engine.sampling_params import SamplingParams
 from qllama.model.init import init_llama
 
@@ -184,6 +184,29 @@ def test_the_device_has_its_next_work_before_its_tokens_are_fetched() -> None:
     assert len(output) == count
     # One token is the prompt's; nothing is started that could only be thrown away.
     assert calls == ["decode", "decode", "fetch", "decode", "fetch", "fetch"]
+
+
+def test_a_chunk_of_prompts_is_followed_by_the_next_before_it_is_fetched() -> None:
+    runner = make_runner()
+    calls: list[str] = []
+
+    def prefill(rows: list[int], start: int, size: int) -> Reading:
+        calls.append(f"read {start}: {rows}")
+        return Runner.prefill(runner, rows, start, size)
+
+    def fetch_first(reading: Reading) -> Iterator[tuple[int, Request, Burst]]:
+        calls.append(f"fetch {reading.start}")
+        return Runner.fetch_first(runner, reading)
+
+    requests = [request(n, params=SamplingParams(temperature=0, max_tokens=1)) for n in (50, 20)]
+    with mock.patch.multiple(runner, prefill=prefill, fetch_first=fetch_first):
+        found = run(make_engine(runner, max_num_batched_tokens=32), requests)
+    assert calls == ["read 0: [0]", "read 32: [0]", "fetch 0", "fetch 32", "read 0: [0]", "fetch 0"]
+    apart = [
+        run(make_engine(runner), [request(n, params=r.params)])[0]
+        for n, r in zip((50, 20), requests, strict=True)
+    ]
+    assert found == apart
 
 
 def test_what_a_row_does_after_its_end_is_of_no_one() -> None:

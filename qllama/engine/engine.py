@@ -112,12 +112,17 @@ class Engine:
         return bucket(longest, SMALLEST_CHUNK, largest=self.max_num_batched_tokens)
 
     def _prefill(self, admitted: dict[int, Request]) -> Iterator[Request]:
-        chunk = self._chunk(admitted.values())
+        runner, chunk = self.runner, self._chunk(admitted.values())
         self._reserve()
         longest = max(len(request.prompt) for request in admitted.values())
-        for start in range(0, longest, chunk):
-            rows = [row for row, request in admitted.items() if len(request.prompt) > start]
-            yield from self._deliver(self.runner.prefill(rows, start, chunk))
+        readings = (
+            runner.prefill(
+                [row for row, r in admitted.items() if len(r.prompt) > start], start, chunk
+            )
+            for start in range(0, longest, chunk)
+        )
+        for reading in _one_behind(readings):
+            yield from self._deliver(runner.fetch_first(reading))
 
     def _decode(self, flight: Flight | None) -> Flight | None:
         """Start the next dispatch behind `flight`, unless every request will have ended by then."""
@@ -151,3 +156,12 @@ class Engine:
             if request.finish_reason is not None:
                 self.runner.release(row, clear=request.finish_reason == "error")
             yield request
+
+
+def _one_behind[T](items: Iterator[T]) -> Iterator[T]:
+    """Each of `items` when the next has been made."""
+    last = next(items)
+    for item in items:
+        yield last
+        last = item
+    yield last

@@ -48,9 +48,21 @@ class Flight:
     output: SampleOutput  # [steps, B, ...]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A prefill dispatch of which nothing has been fetched."""
+
+    requests: dict[int, Request]  # by row
+    start: int  # of the chunk
+    size: int
+    output: SampleOutput  # [P, ...]
+    prompt_logprobs: TokenLogprobs | None  # [P, size, ...]
+
+
 class Runner:
     """Owns the weights, the cache and the slots. `reset` begins a run; rows are then filled by
-    `admit` and `prefill`, and advance together with `decode`, whose tokens `fetch` brings."""
+    `admit` and `prefill`, whose tokens `fetch_first` brings, and advance together with `decode`,
+    whose tokens `fetch` brings."""
 
     def __init__(
         self,
@@ -134,14 +146,9 @@ class Runner:
                 programs.clear_row, self.cache, row_id, donate=(0,), over=self.cached
             )
 
-    def prefill(
-        self, rows: Sequence[int], start: int, size: int
-    ) -> Iterator[tuple[int, Request, Burst]]:
-        """Read prompt tokens `start` to `start + size` of the requests in `rows`.
-
-        Yields row, request and first token for each prompt that ends in the chunk. Prompt log
-        probabilities are appended to the requests.
-        """
+    def prefill(self, rows: Sequence[int], start: int, size: int) -> Reading:
+        """Start reading prompt tokens `start` to `start + size` of the requests in `rows`, and wait
+        for nothing."""
         assert self.cache is not None
         padded = bucket(len(rows))
         tokens: Any = np.zeros((padded, size + 1), np.int32)
@@ -149,8 +156,8 @@ class Runner:
         length: Any = np.zeros(padded, np.int32)
         row_ids: Any = np.array([*rows, *[len(self.rows)] * (padded - len(rows))], np.int32)
         begin: Any = np.int32(start)
-        requests = [self._request(row) for row in rows]
-        for i, request in enumerate(requests):
+        requests = {row: self._request(row) for row in rows}
+        for i, request in enumerate(requests.values()):
             text = request.prompt[start : start + size + 1]
             tokens[i, : len(text)] = text
             count[i] = min(len(text), size)
@@ -172,15 +179,25 @@ class Runner:
             context=bucket(start + size, largest=self.cache.capacity),
             features=self.features,
         )
-        output, prompt_logprobs = jax.device_get((output, prompt_logprobs))
-        for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
+        return Reading(requests, start, size, output, prompt_logprobs)
+
+    def fetch_first(self, reading: Reading) -> Iterator[tuple[int, Request, Burst]]:
+        """Wait for a prefill dispatch; yields row, request and first token of each prompt that ends
+        in its chunk. Prompt log probabilities are appended to the requests."""
+        stop = reading.start + reading.size
+        ends = any(len(request.prompt) <= stop for request in reading.requests.values())
+        if not ends and reading.prompt_logprobs is None:
+            return
+        output, prompt_logprobs = jax.device_get((reading.output, reading.prompt_logprobs))
+        for i, (row, request) in enumerate(reading.requests.items()):
+            length = len(request.prompt)
             if request.params.prompt_logprobs is not None:
-                known = min(count[i], length[i] - 1 - start)
+                known = min(stop, length - 1) - reading.start
                 request.prompt_logprobs += [
                     _at(prompt_logprobs, (i, t), request.params.prompt_logprobs)
                     for t in range(known)
                 ]
-            if start + count[i] == length[i]:
+            if length <= stop:
                 yield row, request, _burst(request, output, [(i,)])
 
     def decode(self) -> Flight:
