@@ -261,24 +261,19 @@ def _climb(
         elif rung == "fp32" and abs(expected - actual) > _ACCURACY * actual:
             notes.append(f"fp32: inaccurate, the loss is {actual:.3g} instead of {expected:.3g}")
         else:
-            return _Codes(
-                codes=codes,
-                losses=losses,
-                damping=damping,
-                rung=rung,
-                dampening_frac=frac,
-                notes=tuple(notes),
-                factor_seconds=factor_seconds,
-            )
-    if moments.trouble is None:
-        notes.append("rounded to nearest: no factor of the Hessian holds")
-    codes, damping = _nearest_codes(weight, wide, scheme), moments.damping(0.0)
+            break
+    else:
+        if moments.trouble is None:
+            notes.append("rounded to nearest: no factor of the Hessian holds")
+        rung, frac, damping = "rtn", 0.0, moments.damping(0.0)
+        codes = _nearest_codes(weight, wide, scheme)
+        losses = _losses(prepared, codes, moments.matrix, damping)
     return _Codes(
         codes=codes,
-        losses=_losses(prepared, codes, moments.matrix, damping),
+        losses=losses,
         damping=damping,
-        rung="rtn",
-        dampening_frac=0.0,
+        rung=rung,
+        dampening_frac=frac,
         notes=tuple(notes),
         factor_seconds=factor_seconds,
     )
