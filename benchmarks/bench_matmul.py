@@ -1,19 +1,26 @@
 """How long one quantized product takes, beside the limit of the card and its peers.
 
-    python -m benchmarks.bench_matmul --json benchmarks/results/matmul-h200.json
+    python benchmarks/bench_matmul.py --json benchmarks/results/matmul-h100.json
+    python benchmarks/bench_matmul.py --schemes w4a16 --shapes 28672,4096 --tokens 1 16
 
 Times are those of the kernels alone, reduction and cast included, over several distinct weights in
 turn so that none is found in the L2 cache. `limit` is the larger of two times: the weight's bytes
-at the measured read bandwidth, and the operations at the card's dense rate.
+at the measured read bandwidth, and the operations at the card's dense rate. PyTorch's products are
+timed first, alone; then each weight of each scheme has a process of its own: as many as there are
+cores compile side by side, and take turns on the GPU.
 """
 
 import argparse
 import contextlib
 import fcntl
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,21 +31,16 @@ from qllama_kernels import dispatch, pallas, reference, tuning
 from qllama_kernels.tuning import Config, Problem, Scheme
 from records import merge_records, new_record
 
-# The Linears of Llama-3.1-8B and 3.3-70B with q, k, v and gate, up merged: (N, K).
-LLAMA_8B = {
-    "qkv": (6144, 4096),
-    "o": (4096, 4096),
-    "gate_up": (28672, 4096),
-    "down": (4096, 14336),
-}
-LLAMA_70B = {
-    "qkv": (10240, 8192),
-    "o": (8192, 8192),
-    "gate_up": (57344, 8192),
-    "down": (8192, 28672),
-}
+# The Linears of Llama-3.1-8B and 3.3-70B with q, k, v and gate, up merged, (N, K); and what each of
+# two devices holds of them.
+LLAMA_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+HALF_8B = ((3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168))
+LLAMA_70B = ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672))
+HALF_70B = ((5120, 8192), (8192, 4096), (28672, 8192), (8192, 14336))
+SHAPES = LLAMA_8B + HALF_8B + LLAMA_70B + HALF_70B
 SCHEMES: tuple[Scheme, ...] = ("w4a16", "w8a16", "w8a8", "fp8")
 TOKENS = (1, 16, 64, 256, 2048)
+EVERY_POWER = tuple(2**i for i in range(14))  # 1 ... 8192, for the two large weights of an 8B
 WEIGHT_DTYPE = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
 OPERATIONS = {"w4a16": 800e12, "w8a16": 800e12, "w8a8": 1600e12, "fp8": 1600e12}  # a second
 L2_BYTES = 60e6
@@ -216,15 +218,15 @@ def limit_us(problem: Problem, bandwidth: float) -> float:
     return max((weight + scales) / bandwidth, operations / OPERATIONS[problem.scheme]) * 1e6
 
 
-def torch_peers(shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> dict[str, float]:
-    """PyTorch's products on this card, microseconds by "N,K,M,name": CUDA graphs over rotating
-    weights. Empty without PyTorch."""
+def torch_peers(weights: Iterable[tuple[int, int, Sequence[int]]]) -> dict[str, float]:
+    """PyTorch's products of weights `[N, K]` with so many tokens on this card, microseconds by
+    "N,K,M,name": CUDA graphs over rotating weights. Empty without PyTorch."""
     try:
         import torch
     except ImportError:
         return {}
     found: dict[str, float] = {}
-    for n, k in shapes:
+    for n, k, tokens in weights:
         for m in tokens:
             for name, calls in _torch_calls(torch, m, n, k).items():
                 try:
@@ -334,9 +336,9 @@ def measure(
     if scheme == "w4a16" and (n, k, m) in MARLIN_H100:
         peers["marlin (quoted, H100)"] = MARLIN_H100[n, k, m]
     if with_xla and tuning.X_BYTES[scheme] == 1:
-        peers["xla"] = round(
-            kernel_us(compile_all(xla_product(operands), operands), operands)[3], 2
-        )
+        by_xla = compile_all(xla_product(operands), operands)
+        with exclusive(lock):
+            peers["xla"] = round(float(np.median(kernel_us(by_xla, operands))), 2)
     config = None
     if not (tuning.X_BYTES[scheme] == 2 and m >= tuning.DENSE_M):
         config = tuning.to_record(tuning.choose(operands.problem, jax.devices()[0].device_kind))
@@ -358,52 +360,120 @@ def measure(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="merge the records into this file")
-    parser.add_argument("--schemes", nargs="*", default=SCHEMES, choices=SCHEMES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--shapes", nargs="+", help="N,K; default: those of Llama-3.1-8B")
-    parser.add_argument("--no-xla", action="store_true", help="skip XLA, whose search is slow")
-    parser.add_argument("--torch", type=Path, help="keep PyTorch's times here, or read them")
-    parser.add_argument("--no-torch", action="store_true")
-    parser.add_argument("--lock", type=Path, help="file by which several processes take turns")
-    args = parser.parse_args(arguments)
-    shapes = list(LLAMA_8B.values())
-    if args.shapes:
-        shapes = [(int(n), int(k)) for n, k in (shape.split(",") for shape in args.shapes)]
-    if args.torch and args.torch.exists():
-        torch = json.loads(args.torch.read_text())
-    else:
-        torch = {} if args.no_torch else torch_peers(shapes, args.tokens)
-        if args.torch:
-            args.torch.write_text(json.dumps(torch))
-    if not args.schemes:
-        return
-    with exclusive(args.lock):
+# -- the parent ------------------------------------------------------------------------------------
+
+
+def worker(scheme: Scheme, n: int, k: int, folder: Path, tokens: Sequence[int], xla: bool) -> None:
+    """Measure one weight, and print a record for each number of tokens."""
+    lock, peers = folder / "gpu.lock", folder / "torch.json"
+    torch = json.loads(peers.read_text()) if peers.exists() else {}
+    with exclusive(lock):
         bandwidth = read_bandwidth()
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
-    for n, k in shapes:
-        for scheme in args.schemes:
-            for m in args.tokens:
-                record = measure(
-                    scheme,
-                    m,
-                    n,
-                    k,
-                    bandwidth=bandwidth,
-                    torch=torch,
-                    with_xla=not args.no_xla,
-                    lock=args.lock,
-                )
-                print(
-                    f"{scheme:6} {n}x{k} M={m}: {record['value']} us, limit {record['limit']}, "
-                    f"error {record['max_rel_error']:.1e}, {record['kernel']}, {record['peers']}",
-                    flush=True,
-                )
-                if args.json:
-                    merge_records(args.json, [record])
+    for m in tokens:
+        record = measure(scheme, m, n, k, bandwidth=bandwidth, torch=torch, with_xla=xla, lock=lock)
+        print(json.dumps(record), flush=True)
+
+
+def bench_matmul(
+    cells: Mapping[tuple[Scheme, int, int], Sequence[int]],
+    *,
+    xla: bool = True,
+    torch: bool = True,
+    processes: int | None = None,
+    timeout: float = 600.0,
+) -> Iterator[dict[str, Any]]:
+    """The records of `(scheme, N, K)` at so many tokens, as they come."""
+    weights: dict[tuple[int, int], set[int]] = {}
+    for (_, n, k), tokens in cells.items():
+        weights.setdefault((n, k), set()).update(tokens)
+    with tempfile.TemporaryDirectory() as name:
+        if torch:
+            of_torch = [[n, k, sorted(tokens)] for (n, k), tokens in weights.items()]
+            _run(["--torch", json.dumps(of_torch)], name, timeout)
+
+        def run(cell: tuple[Scheme, int, int]) -> list[dict[str, Any]]:
+            arguments = ["--worker", ",".join(map(str, cell)), "--tokens", *map(str, cells[cell])]
+            output = _run([*arguments, *([] if xla else ["--no-xla"])], name, timeout)
+            return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+        with ThreadPoolExecutor(processes or max(1, (os.cpu_count() or 2) - 2)) as pool:
+            # The largest first: they take longest.
+            order = sorted(cells, key=lambda cell: -cell[1] * cell[2] * len(cells[cell]))
+            for future in as_completed([pool.submit(run, cell) for cell in order]):
+                yield from future.result()
+
+
+def _run(arguments: list[str], folder: str, timeout: float) -> str:
+    """What this script prints with `arguments`; one that fails or hangs costs its own cells."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, __file__, "--folder", folder, *arguments]
+        try:
+            subprocess.run(
+                command, stdout=output, stderr=errors, env=environment, timeout=timeout, check=True
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            errors.seek(0)
+            print(f"{arguments}: {error}\n{errors.read()[-1000:]}", file=sys.stderr, flush=True)
+        output.seek(0)
+        return output.read()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 1 where a cell is missing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="merge the records into this file")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=lambda shape: tuple(map(int, shape.split(","))),
+        default=SHAPES,
+        metavar="N,K",
+        help="those of Llama-3.1-8B and 3.3-70B, whole and halved",
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help="1 16 64 256 2048; for two, 1 to 8192"
+    )
+    parser.add_argument("--no-xla", action="store_true", help="skip XLA, whose search is slow")
+    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--processes", type=int, help="at once; the cores less two")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of a process")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--torch", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.torch:
+        (args.folder / "torch.json").write_text(json.dumps(torch_peers(args.torch)))
+        return 0
+    if args.worker:
+        scheme, n, k = args.worker.split(",")
+        worker(scheme, int(n), int(k), args.folder, args.tokens, not args.no_xla)
+        return 0
+    cells = {
+        (scheme, n, k): args.tokens or (EVERY_POWER if (n, k) in LLAMA_8B[2:] else TOKENS)
+        for n, k in args.shapes
+        for scheme in args.schemes
+    }
+    missing = sum(map(len, cells.values()))
+    for record in bench_matmul(
+        cells,
+        xla=not args.no_xla,
+        torch=not args.no_torch,
+        processes=args.processes,
+        timeout=args.timeout,
+    ):
+        missing -= 1
+        print(
+            f"{record['scheme']:6} {record['n']}x{record['k']} M={record['m']}: "
+            f"{record['value']} us, limit {record['limit']}, error {record['max_rel_error']:.1e}, "
+            f"{record['kernel']}, {record['peers']}",
+            flush=True,
+        )
+        if args.json:
+            merge_records(args.json, [record])
+    return int(missing > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

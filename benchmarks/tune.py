@@ -38,7 +38,7 @@ def products(
     return sorted(found, key=lambda problem: -problem.n * problem.k)
 
 
-def worker(folder: Path, problem: Problem, first: int, count: int) -> None:
+def worker(folder: Path, problem: Problem, first: int, count: int, *, xla: bool) -> None:
     """Time candidates `first`... of one product, one line in its journal for each event."""
     import bench_matmul
     import numpy as np
@@ -84,7 +84,7 @@ def worker(folder: Path, problem: Problem, first: int, count: int) -> None:
     for i in sorted(programs, key=times.__getitem__):
         us, error = timed(i)
         note(event="again", index=i, us=us, error=error, **tuning.to_record(ranked[i]))
-    if tuning.X_BYTES[problem.scheme] == 1:
+    if xla and tuning.X_BYTES[problem.scheme] == 1:
         attempt(len(ranked), bench_matmul.xla_product(operands), "xla")
 
 
@@ -100,7 +100,7 @@ def events(folder: Path, problem: Problem) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def run(problems: list[Problem], folder: Path, *, limit_s: float, count: int) -> None:
+def run(problems: list[Problem], folder: Path, *, limit_s: float, count: int, xla: bool) -> None:
     """Start, watch and restart the workers until all is tuned or the time is up."""
     deadline = time.monotonic() + limit_s
     waiting = [(problem, 0) for problem in problems]
@@ -110,6 +110,7 @@ def run(problems: list[Problem], folder: Path, *, limit_s: float, count: int) ->
             problem, first = waiting.pop(0)
             command = [sys.executable, __file__, "--worker", str(folder)]
             command += [name(problem), str(first), str(count)]
+            command += [] if xla else ["--no-xla"]
             environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             with (folder / f"{name(problem)}.log").open("ab") as log:
                 running[problem] = subprocess.Popen(command, stderr=log, env=environment)
@@ -154,6 +155,16 @@ def best(folder: Path, problem: Problem, tolerance: float) -> dict[str, Any] | N
     }
 
 
+def rule_us(folder: Path, problem: Problem) -> float | None:
+    """What the config took that `tuning.heuristic` chooses, the first of the candidates."""
+    times = [
+        e["us"]
+        for e in events(folder, problem)
+        if e["event"] in ("done", "again") and e["index"] == 0
+    ]
+    return round(times[-1], 2) if times else None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the table; records of other products stay")
@@ -162,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=tuning.M_BUCKETS)
     parser.add_argument("--shapes", nargs="+", help="N,K; default: those of Llama-3.1-8B")
     parser.add_argument("--candidates", type=int, default=16, help="how many configs of a product")
+    parser.add_argument("--no-xla", action="store_true", help="skip XLA, whose search is slow")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds in all")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -169,25 +181,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder, key, first, count = args.worker
         scheme, n, k, m = key.split("-")
         [problem] = products([scheme], [(int(n), int(k))], [int(m)])
-        worker(Path(folder), problem, int(first), int(count))
+        worker(Path(folder), problem, int(first), int(count), xla=not args.no_xla)
         return
     from bench_matmul import LLAMA_8B
 
-    shapes = list(LLAMA_8B.values())
+    shapes = list(LLAMA_8B)
     if args.shapes:
         shapes = [(int(n), int(k)) for n, k in (shape.split(",") for shape in args.shapes)]
     problems = products(args.schemes, shapes, args.tokens)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.journal or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        run(problems, folder, limit_s=args.limit, count=args.candidates)
-        found = [record for p in problems if (record := best(folder, p, tolerance=2e-2))]
-    for record in found:
-        print(json.dumps(record), flush=True)
+        run(problems, folder, limit_s=args.limit, count=args.candidates, xla=not args.no_xla)
+        found = []
+        for problem in problems:
+            if record := best(folder, problem, tolerance=2e-2):
+                found.append(record)
+                by_rule = rule_us(folder, problem)
+                print(json.dumps(record), f"by the rule {by_rule} us", flush=True)
     if args.out:
         key_of = lambda r: (r["scheme"], r["n"], r["k"], r["m"])  # noqa: E731
         old = json.loads(args.out.read_text()) if args.out.exists() else []
-        table = {key_of(r): r for r in [*old, *found]}
+        table = {key_of(r): r for r in old}
+        for record in found:
+            if args.no_xla and key_of(record) in table:
+                record["xla_us"] = table[key_of(record)]["xla_us"]
+            table[key_of(record)] = record
         lines = ",\n".join(json.dumps(table[key]) for key in sorted(table))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(f"[\n{lines}\n]\n")
