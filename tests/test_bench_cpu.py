@@ -17,6 +17,7 @@ SHAPE = {
 }
 
 
+@pytest.mark.slow
 def test_every_phase_of_both_schemes_gets_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def options() -> argparse.Namespace:
     )
 
 
+@pytest.mark.slow
 def test_a_scheme_gets_a_record_with_its_peers(
     options: argparse.Namespace,
     tiny_llama3,

@@ -34,6 +34,7 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert record["value"] <= high + 1e-4
 
 
+@pytest.mark.slow
 def test_a_whole_model(tiny_llama3, tmp_path: Path) -> None:
     out = tmp_path / "gptq.json"
     model = str(tiny_llama3("bf16_original"))

@@ -22,6 +22,7 @@ def test_cases_are_recipes() -> None:
     assert len({case.name() for case in quality.CASES}) == len(quality.CASES)
 
 
+@pytest.mark.slow
 def test_command_line(
     tiny_llama3: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,6 +230,7 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_transformers_gives_the_same_logits(tmp_path: Path) -> None:
     """compressed-tensors loads every scheme, and runs it as qllama does with its arithmetic."""

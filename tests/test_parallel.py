@@ -277,6 +277,22 @@ def test_a_sharded_decode_step_lowers_for_gpus(
     assert text.count("stablehlo.all_reduce") == sums
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ct_w4a16_g128", "ct_w8a8_int8"])
+def test_two_gpus_give_what_one_does(tiny_llama3, kind: str) -> None:
+    if jax.device_count() < 2:
+        pytest.skip("one GPU")
+    logits, tokens = [], []
+    for size in (1, 2):
+        with LLM(tiny_llama3(kind), dtype="bfloat16", tensor_parallel_size=size) as llm:
+            # 32 tokens, or 4 rows, of 256 numbers each: enough for the kernel that sums.
+            logits.append(llm.logits(np.arange(5, 37)))
+            tokens.append([greedy(llm) for _ in range(3)])
+            assert (size == 1) == (getattr(llm.model, "workspaces", None) is None)
+    assert_near(logits[1], logits[0], {"max_abs": 0.25, "rel_rms": 0.02, "argmax_agreement": 0.9})
+    assert all(run == runs[0] for runs in tokens for run in runs)
+
+
 def test_each_device_holds_its_part_and_no_more(wide: Callable[[str], Path]) -> None:
     held = {}
     for size in (1, 4):
