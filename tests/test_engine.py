@@ -186,6 +186,17 @@ def test_the_device_has_its_next_work_before_its_tokens_are_fetched() -> None:
     assert calls == ["decode", "decode", "fetch", "decode", "fetch", "fetch"]
 
 
+@pytest.mark.parametrize("length", [120, 127, 128])
+def test_a_second_text_of_the_same_length_compiles_nothing(length: int) -> None:
+    """Though decoding needs more room than the prompt, where the cache doubles."""
+    runner = make_runner()
+    engine = make_engine(runner, max_num_batched_tokens=128)
+    run(engine, [request(length)])
+    compiled = set(runner.compiled)
+    run(engine, [request(length, seed=1)])
+    assert set(runner.compiled) == compiled
+
+
 def test_a_chunk_of_prompts_is_followed_by_the_next_before_it_is_fetched() -> None:
     runner = make_runner()
     calls: list[str] = []

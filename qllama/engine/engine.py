@@ -132,14 +132,17 @@ class Engine:
             if request is not None:
                 expected = len(request.output) + steps * (request in flying)
                 if expected < request.max_tokens:
-                    self._reserve(ahead=2 * steps)
+                    self._reserve()
                     return self.runner.decode()
         return None
 
-    def _reserve(self, ahead: int = 0) -> None:
-        """Room in the cache for every text and `ahead` tokens more, as far as it may go on."""
+    def _reserve(self) -> None:
+        """Room in the cache for every text and the next two decode dispatches, as far as it may go
+        on. So before it is read too: prefill is compiled for the room there is, and would be again.
+        """
+        ahead = 2 * self.runner.steps
         needs = [
-            min(len(request.prompt) + len(request.output) + ahead, request.total_tokens)
+            min(len(request.prompt) + max(len(request.output), 1) + ahead, request.total_tokens)
             for request in self.runner.rows
             if request is not None
         ]
