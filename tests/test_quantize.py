@@ -47,6 +47,8 @@ EXPORTS: dict[str, dict[str, Any]] = {
     },
 }
 CALIBRATED = [name for name in EXPORTS if name not in ("FP8_DYNAMIC", "FP8_BLOCK")]
+# Each is compiled for anew. These show what the others show in a part.
+SELDOM = ("W4A16 channel", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC")
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +85,12 @@ def text_ids(tiny_llama3: Callable[[str], Path]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def their_logits(exported: Any, text_ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits of every export, in one process: importing transformers takes longest."""
+def their_logits(
+    exported: Any, text_ids: np.ndarray, request: pytest.FixtureRequest
+) -> dict[str, np.ndarray]:
+    """Logits of every export that is tested, in one process: importing transformers takes long."""
+    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
+    wanted = [t.callspec.params["name"] for t in tests if "their_logits" in t.fixturenames]
     return oracle.run(
         """
         from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -96,14 +102,17 @@ def their_logits(exported: Any, text_ids: np.ndarray) -> dict[str, np.ndarray]:
             with torch.no_grad():
                 out[name] = model(torch.from_numpy(ids)[None]).logits[0].numpy()
         """,
-        names=np.array(list(EXPORTS)),
-        folders=np.array([str(exported(name)[0]) for name in EXPORTS]),
+        names=np.array(wanted),
+        folders=np.array([str(exported(name)[0]) for name in wanted]),
         ids=text_ids,
     )
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in EXPORTS],
+)
 def test_transformers_has_the_same_logits(
     exported: Any, their_logits: dict[str, np.ndarray], text_ids: np.ndarray, name: str
 ) -> None:
