@@ -1,6 +1,7 @@
 """Sums over devices: what the kernel is given and what it refuses. On GPUs: what it computes."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,14 @@ def test_unknown_names_and_unconnected_devices_are_refused() -> None:
         all_reduce.connect(make_mesh(2))
     with pytest.raises(NotImplementedError, match="3"):
         all_reduce.connect(make_mesh(3))
+
+
+def test_memory_that_peers_do_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = mock.Mock(process_index=0, compute_capability="9.0")
+    mesh = mock.Mock(devices=np.array([[gpu, gpu]]), shape={"data": 1, "model": 2})
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
+    with pytest.raises(NotImplementedError, match="allocator 'cuda_async'"):
+        all_reduce.connect(mesh)
 
 
 @pytest.mark.parametrize("size", all_reduce.SIZES)

@@ -22,6 +22,7 @@ cache of compiled programs could get wrong. What must hold:
 """
 
 import ctypes
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +80,10 @@ def connect(mesh: Mesh) -> Peers:
         raise NotImplementedError("sums over the devices of several processes")
     if any(getattr(device, "compute_capability", None) != "9.0" for device in devices):
         raise NotImplementedError(f"sums over {devices[0].device_kind}: they are for Hopper")
+    allocator = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()
+    if allocator not in ("default", "bfc", "platform"):
+        # The driver maps memory of other kinds into a peer's addresses only pool by pool.
+        raise NotImplementedError(f"sums in memory from the allocator {allocator!r}")
     _let_write([device.local_hardware_id for device in devices])
     sharding = NamedSharding(mesh, PartitionSpec(axes[0]))
     length = HEADER + 2 * size * 2 * largest(size)
