@@ -7,6 +7,7 @@ Source: vLLM `int8_quant_kernels.cu` and `input_quant_fp8.py`.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 FP8_MAX = 448.0
 # vLLM's smallest dynamic fp8 scale: keeps 1/s finite for rows that are (nearly) zero.
@@ -32,3 +33,16 @@ def float8_scale(absmax: jax.Array) -> jax.Array:
 def to_float8(x: jax.Array) -> jax.Array:
     """Cast to float8_e4m3fn, saturating at ±448: JAX's own cast overflows to NaN."""
     return jnp.clip(x, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
+
+
+def rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32, but only numbers that `dtype` has. In XLA; in a kernel a cast does it.
+
+    Where bfloat16 is cast to and back, XLA may leave both out; then neither sums nor codes are
+    those of the kernels, nor of transformers. (`reduce_precision` has no subnormal numbers: of
+    bfloat16 they are float32's, which are flushed anyway, but of float16 they are not.)
+    """
+    values = values.astype(jnp.float32)
+    if dtype != jnp.bfloat16:
+        return values.astype(dtype).astype(jnp.float32)
+    return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qllama_kernels import row_kernels
-from qllama_kernels.codes import float8_scale, int8_scale, to_float8, to_int8
+from qllama_kernels.codes import float8_scale, int8_scale, rounded, to_float8, to_int8
 from qllama_kernels.dispatch import check_backend, kernels_run_here
 from qllama_kernels.xla import add_up
 
@@ -116,7 +116,7 @@ def _residual_norm(
 ) -> tuple[jax.Array, jax.Array | QuantizedInput]:
     dtype, wide = x.dtype, x.astype(jnp.float32)
     if addends is not None:
-        wide = _rounded(wide + _rounded(add_up(addends), dtype), dtype)
+        wide = rounded(wide + rounded(add_up(addends), dtype), dtype)
     variance = jnp.mean(wide * wide, axis=-1, keepdims=True) + eps
     if dtype == jnp.float32:
         # XLA's rsqrt is off by a bit, which moves whole rows across the rounding ties that
@@ -124,13 +124,13 @@ def _residual_norm(
         inverse = 1.0 / lax.optimization_barrier(jnp.sqrt(variance))
     else:
         inverse = lax.rsqrt(variance)
-    normed = _rounded(weight.astype(jnp.float32) * _rounded(wide * inverse, dtype), dtype)
+    normed = rounded(weight.astype(jnp.float32) * rounded(wide * inverse, dtype), dtype)
     return wide.astype(dtype), _coded(normed.astype(dtype), codes)
 
 
 def _swiglu(gate_up: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    gate, up = jnp.split(_rounded(add_up(gate_up), dtype), 2, axis=-1)
-    return (_rounded(jax.nn.silu(gate), dtype) * up).astype(dtype)
+    gate, up = jnp.split(rounded(add_up(gate_up), dtype), 2, axis=-1)
+    return (rounded(jax.nn.silu(gate), dtype) * up).astype(dtype)
 
 
 def _coded(x: jax.Array, codes: Codes | None) -> jax.Array | QuantizedInput:
@@ -138,7 +138,7 @@ def _coded(x: jax.Array, codes: Codes | None) -> jax.Array | QuantizedInput:
 
 
 def _quantized(x: jax.Array, codes: Codes) -> QuantizedInput:
-    x = _rounded(x, x.dtype)
+    x = rounded(x, x.dtype)
     if codes.scale is not None:
         return QuantizedInput(to_float8(x * (1.0 / codes.scale)), codes.scale)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -146,19 +146,6 @@ def _quantized(x: jax.Array, codes: Codes) -> QuantizedInput:
         return QuantizedInput(to_int8(x, absmax), int8_scale(absmax))
     scale = float8_scale(absmax)
     return QuantizedInput(to_float8(x * (1.0 / scale)), scale)
-
-
-def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float32, but only numbers that `dtype` has.
-
-    Where bfloat16 is cast to and back, XLA may leave both out; then neither sums nor codes are
-    those of the kernels, nor of transformers. (`reduce_precision` has no subnormal numbers: of
-    bfloat16 they are float32's, which are flushed anyway, but of float16 they are not.)
-    """
-    values = values.astype(jnp.float32)
-    if dtype != jnp.bfloat16:
-        return values.astype(dtype).astype(jnp.float32)
-    return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
 
 
 # -- kernels ---------------------------------------------------------------------------------------

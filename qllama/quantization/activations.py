@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from qllama_kernels.codes import FP8_MAX, float8_scale, int8_scale, to_float8, to_int8
+from qllama_kernels.codes import FP8_MAX, float8_scale, int8_scale, rounded, to_float8, to_int8
 from qllama_kernels.rows import Codes, QuantizedInput
 
 from qllama.quantization.scheme import ActivationScheme
@@ -58,7 +58,7 @@ def quantize_activations(
             its whole row; None: that of `x`.
     """
     eps = float(jnp.finfo(x.dtype).eps)
-    x = x.astype(jnp.float32)
+    x = rounded(x, x.dtype)
     exact = semantics == "compressed-tensors"
     if scheme.dtype == "int8":
         return _to_int8(x, scheme, input_scale, input_zero, eps if exact else None, axis_name)
