@@ -118,7 +118,7 @@ def load_replicas(
         for i in range(len(meshes))
     ]
     for model, mesh in zip(models, meshes, strict=True):
-        if isinstance(model, ShardedLlama) and backend != "xla":
+        if isinstance(model, ShardedLlama) and backend in ("auto", "pallas"):
             model.connect(mesh)
     jax.block_until_ready(models)
     return models

@@ -67,9 +67,10 @@ class ShardedLlama(Llama):
         with contextlib.suppress(NotImplementedError):
             peers = peer_memory.connect(mesh)
             self.workspaces = nnx.Variable(peers.workspaces)
+            addresses = nnx.Variable(peers.addresses)  # one argument of the programs, not one each
             for _, module in nnx.iter_modules(self):
                 if isinstance(module, RowParallel):
-                    module.peers = nnx.Variable(peers.addresses)
+                    module.peers = addresses
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         table = self.embed_tokens[...]
