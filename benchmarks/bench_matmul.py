@@ -5,9 +5,9 @@
 
 Times are those of the kernels alone, reduction and cast included, over several distinct weights in
 turn so that none is found in the L2 cache. `limit` is the larger of two times: the weight's bytes
-at the measured read bandwidth, and the operations at the card's dense rate. PyTorch's products are
-timed first, alone; then each weight of each scheme has a process of its own: as many as there are
-cores compile side by side, and take turns on the GPU.
+at the measured read bandwidth, and the operations at the card's dense rate. That bandwidth and
+PyTorch's products are measured first, alone; then each weight of each scheme has a process of its
+own: as many as there are cores compile side by side, and take turns on the GPU.
 """
 
 import argparse
@@ -44,6 +44,7 @@ EVERY_POWER = tuple(2**i for i in range(14))  # 1 ... 8192, for the two large we
 WEIGHT_DTYPE = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
 OPERATIONS = {"w4a16": 800e12, "w8a16": 800e12, "w8a8": 1600e12, "fp8": 1600e12}  # a second
 L2_BYTES = 60e6
+PREPARED = "prepared.json"  # what `prepare` found
 # Measured on one H100 80 GB, not in the same run: microseconds at (N, K, M), float16, group 128.
 MARLIN_H100 = {
     (6144, 4096, 1): 11.6,
@@ -360,18 +361,22 @@ def measure(
     )
 
 
-# -- the parent ------------------------------------------------------------------------------------
+def prepare(folder: Path, of_torch: list[tuple[int, int, list[int]]]) -> None:
+    """Measure what all workers compare with, while nothing else runs on the GPU."""
+    torch = torch_peers(of_torch) if of_torch else {}
+    found = {"bandwidth": read_bandwidth(), "torch": torch}
+    (folder / PREPARED).write_text(json.dumps(found))
 
 
 def worker(scheme: Scheme, n: int, k: int, folder: Path, tokens: Sequence[int], xla: bool) -> None:
     """Measure one weight, and print a record for each number of tokens."""
-    lock, peers = folder / "gpu.lock", folder / "torch.json"
-    torch = json.loads(peers.read_text()) if peers.exists() else {}
-    with exclusive(lock):
-        bandwidth = read_bandwidth()
+    prepared = json.loads((folder / PREPARED).read_text())
     for m in tokens:
-        record = measure(scheme, m, n, k, bandwidth=bandwidth, torch=torch, with_xla=xla, lock=lock)
+        record = measure(scheme, m, n, k, **prepared, with_xla=xla, lock=folder / "gpu.lock")
         print(json.dumps(record), flush=True)
+
+
+# -- the parent ------------------------------------------------------------------------------------
 
 
 def bench_matmul(
@@ -387,9 +392,10 @@ def bench_matmul(
     for (_, n, k), tokens in cells.items():
         weights.setdefault((n, k), set()).update(tokens)
     with tempfile.TemporaryDirectory() as name:
-        if torch:
-            of_torch = [[n, k, sorted(tokens)] for (n, k), tokens in weights.items()]
-            _run(["--torch", json.dumps(of_torch)], name, timeout)
+        of_torch = [[n, k, sorted(tokens)] for (n, k), tokens in weights.items()] if torch else []
+        _run(["--prepare", json.dumps(of_torch)], name, timeout)
+        if not Path(name, PREPARED).exists():
+            return
 
         def run(cell: tuple[Scheme, int, int]) -> list[dict[str, Any]]:
             arguments = ["--worker", ",".join(map(str, cell)), "--tokens", *map(str, cells[cell])]
@@ -440,11 +446,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="at once; the cores less two")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds of a process")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--torch", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.torch:
-        (args.folder / "torch.json").write_text(json.dumps(torch_peers(args.torch)))
+    if args.prepare is not None:
+        prepare(args.folder, args.prepare)
         return 0
     if args.worker:
         scheme, n, k = args.worker.split(",")

@@ -44,7 +44,11 @@ def test_a_worker_that_fails_costs_its_own_cells(
 ) -> None:
     script = tmp_path / "fake.py"
     script.write_text(
-        "import json, sys\n"
+        "import json, pathlib, sys\n"
+        "if '--prepare' in sys.argv:\n"
+        "    folder = pathlib.Path(sys.argv[sys.argv.index('--folder') + 1])\n"
+        "    folder.joinpath('prepared.json').write_text('{}')\n"
+        "    sys.exit()\n"
         "scheme, n, k = sys.argv[sys.argv.index('--worker') + 1].split(',')\n"
         "for m in sys.argv[sys.argv.index('--tokens') + 1:]:\n"
         "    if (scheme, m) == ('fp8', '16'): sys.exit('the GPU fell off the bus')\n"
