@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from qllama_kernels import dispatch, pallas, reference, tuning
 from qllama_kernels.tuning import Config, Problem, Scheme
+from qllama_kernels.xla import WITHOUT_TRITON
 from records import merge_records, new_record
 
 # The Linears of Llama-3.1-8B and 3.3-70B with q, k, v and gate, up merged, (N, K); and what each of
@@ -42,6 +43,7 @@ SCHEMES: tuple[Scheme, ...] = ("w4a16", "w8a16", "w8a8", "fp8")
 TOKENS = (1, 16, 64, 256, 2048)
 EVERY_POWER = tuple(2**i for i in range(14))  # 1 ... 8192, for the two large weights of an 8B
 WEIGHT_DTYPE = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8", "fp8": "float8_e4m3fn"}
+GROUP_SIZE = {"w4a16": 128}  # of the others one scale a row
 OPERATIONS = {"w4a16": 800e12, "w8a16": 800e12, "w8a8": 1600e12, "fp8": 1600e12}  # a second
 L2_BYTES = 60e6
 PREPARED = "prepared.json"  # what `prepare` found
@@ -70,29 +72,34 @@ MARLIN_H100 = {
 }
 
 
+class Weights(NamedTuple):
+    """Several weights of one shape, enough to flush the L2 cache between two uses of one."""
+
+    scheme: Scheme
+    n: int
+    k: int
+    packed: list[dispatch.PackedWeight]
+    natural: tuple[jax.Array, jax.Array]  # codes and scales of the first
+
+
 class Operands(NamedTuple):
-    """One product: tokens, several equally shaped weights, and what they should give."""
+    """One product: tokens, several equally shaped weights, and what the first should give."""
 
     problem: Problem
     x: jax.Array
     input_scale: jax.Array | None
     weights: list[dispatch.PackedWeight]
-    natural: tuple[jax.Array, jax.Array]  # codes and scales of the first weight
-    expected: np.ndarray  # of the first weight, float32 [M, N]
+    expected: jax.Array  # float32 [M, N]
 
 
-def make_operands(
-    scheme: Scheme, m: int, n: int, k: int, *, dtype: str = "bfloat16", seed: int = 0
-) -> Operands:
-    """Random tokens and weights, enough weights to flush the L2 cache between two uses of one."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    group = 128 if scheme == "w4a16" else None
-    weight_dtype = WEIGHT_DTYPE[scheme]
-    quantized = tuning.X_BYTES[scheme] == 1
-    copies = max(3, min(32, int(4 * L2_BYTES / (n * k * tuning.BITS[scheme] / 8)) + 1))
+def make_weights(scheme: Scheme, n: int, k: int) -> Weights:
+    """Random codes and scales. Raises ValueError for a shape that is not of whole tiles."""
     if k % 128 or n % 64:
         raise ValueError(f"N={n}, K={k}: benchmarks take whole tiles, N % 64 = K % 128 = 0")
+    group = GROUP_SIZE.get(scheme)
+    copies = max(3, min(32, int(4 * L2_BYTES / (n * k * tuning.BITS[scheme] / 8)) + 1))
 
+    @jax.jit
     def codes(key: jax.Array) -> jax.Array:
         if scheme == "w4a16":
             return jax.random.bits(key, (n, k // 2), jnp.uint8)
@@ -100,37 +107,40 @@ def make_operands(
             return jax.random.normal(key, (n, k), jnp.bfloat16).astype(jnp.float8_e4m3fn)
         return jax.random.randint(key, (n, k), -127, 128, jnp.int8)
 
-    scales = jax.random.uniform(
-        keys[0], (n, k // group if group else 1), jnp.float32, 0.5, 1.5
-    ).astype(jnp.bfloat16)
-    first = jax.jit(codes)(keys[1])
-    x = jax.random.normal(keys[2], (m, k), jnp.bfloat16)
-    input_scale = None
-    if quantized:
-        input_scale = jax.random.uniform(keys[3], (m, 1), jnp.float32, 0.5, 1.5)
-        x = (x * 40).astype(jnp.int8) if scheme == "w8a8" else x.astype(jnp.float8_e4m3fn)
-    else:
-        x = x.astype(dtype)
-    weights = []
-    pack = jax.jit(
-        lambda c, s: dispatch.pack(
-            c,
-            s,
+    @jax.jit
+    def pack(codes: jax.Array, scales: jax.Array) -> dispatch.PackedWeight:
+        return dispatch.pack(
+            codes,
+            scales,
             k=k,
-            weight_dtype=weight_dtype,
+            weight_dtype=WEIGHT_DTYPE[scheme],
             group_size=group,
-            quantized_input=quantized,
+            quantized_input=tuning.X_BYTES[scheme] == 1,
         )
-    )
-    for i in range(copies):
-        weights.append(pack(first if i == 0 else jax.jit(codes)(jax.random.key(i)), scales))
+
+    shape = (n, k // group if group else 1)
+    scales = jax.random.uniform(jax.random.key(copies), shape, jnp.float32, 0.5, 1.5)
+    scales = scales.astype(jnp.bfloat16)
+    packed = [pack(codes(jax.random.key(i)), scales) for i in range(copies)]
+    return Weights(scheme, n, k, packed, (codes(jax.random.key(0)), scales))
+
+
+def make_operands(weights: Weights, m: int) -> Operands:
+    """Those weights and `m` random tokens."""
+    scheme, group = weights.scheme, GROUP_SIZE.get(weights.scheme)
+    keys = jax.random.split(jax.random.key(m))
+    x = jax.random.normal(keys[0], (m, weights.k), jnp.bfloat16)
+    input_scale = None
+    if tuning.X_BYTES[scheme] == 1:
+        input_scale = jax.random.uniform(keys[1], (m, 1), jnp.float32, 0.5, 1.5)
+        x = (x * 40).astype(jnp.int8) if scheme == "w8a8" else x.astype(jnp.float8_e4m3fn)
     expected = jax.jit(
         lambda x, c, s, a: reference.quantized_matmul(
-            x, c, s, weight_dtype=weight_dtype, group_size=group, input_scale=a
+            x, c, s, weight_dtype=WEIGHT_DTYPE[scheme], group_size=group, input_scale=a
         )
-    )(x, first, scales, input_scale)
-    problem = Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)
-    return Operands(problem, x, input_scale, weights, (first, scales), np.asarray(expected))
+    )(x, *weights.natural, input_scale)
+    problem = Problem(scheme=scheme, m=m, n=weights.n, k=weights.k, group_size=group)
+    return Operands(problem, x, input_scale, weights.packed, expected)
 
 
 def product(operands: Operands, config: Config | None) -> Callable[..., jax.Array]:
@@ -170,15 +180,17 @@ def xla_product(operands: Operands) -> Callable[..., jax.Array]:
 
 
 def compile_all(f: Callable[..., jax.Array], operands: Operands) -> Callable[..., Any]:
-    """One program that applies `f` to every weight."""
+    """One program that applies `f` to every weight, compiled as the model compiles it."""
     program = jax.jit(lambda x, a, weights: [f(x, a, w) for w in weights])
-    return program.lower(operands.x, operands.input_scale, operands.weights).compile()
+    lowered = program.lower(operands.x, operands.input_scale, operands.weights)
+    many_tokens = operands.problem.m > tuning.M_BUCKETS[-1]
+    return lowered.compile(compiler_options=WITHOUT_TRITON if many_tokens else None)
 
 
-def max_rel_error(out: jax.Array, expected: np.ndarray) -> float:
+@jax.jit
+def max_rel_error(out: jax.Array, expected: jax.Array) -> jax.Array:
     """The largest difference, by the largest value expected."""
-    difference = np.abs(np.asarray(out, np.float32) - expected)
-    return float(difference.max() / np.abs(expected).max())
+    return jnp.max(jnp.abs(out.astype(jnp.float32) - expected)) / jnp.max(jnp.abs(expected))
 
 
 def kernel_us(program: Callable[..., Any], operands: Operands, repeats: int = 7) -> list[float]:
@@ -311,23 +323,30 @@ _PEERS = {
 
 
 def measure(
-    scheme: Scheme,
+    weights: Weights,
     m: int,
-    n: int,
-    k: int,
     *,
     bandwidth: float,
     torch: dict[str, float],
     with_xla: bool,
-    lock: Path | None = None,
+    lock: Path,
 ) -> dict[str, Any]:
-    """One record: our product as dispatched, its limit, its peers."""
-    operands = make_operands(scheme, m, n, k)
-    start = time.perf_counter()
-    program = compile_all(product(operands, None), operands)
-    seconds = time.perf_counter() - start
+    """One record: our product as dispatched, its limit, its peers.
+
+    All that runs on the GPU does so under the lock: with the work of others between, milliseconds
+    become ten. So does what XLA compiles, which it times to choose.
+    """
+    scheme, n, k = weights.scheme, weights.n, weights.k
+    with exclusive(lock):
+        operands = jax.block_until_ready(make_operands(weights, m))
+    by_library = tuning.X_BYTES[scheme] == 2 and m >= tuning.DENSE_M
+    with exclusive(lock if by_library else None):
+        start = time.perf_counter()
+        program = compile_all(product(operands, None), operands)
+        seconds = time.perf_counter() - start
     with exclusive(lock):
         out = program(operands.x, operands.input_scale, operands.weights)[0]
+        error = float(max_rel_error(out, operands.expected))
         times = kernel_us(program, operands)
     peers: dict[str, float] = {
         name: torch[f"{n},{k},{m},{name}"]
@@ -337,11 +356,11 @@ def measure(
     if scheme == "w4a16" and (n, k, m) in MARLIN_H100:
         peers["marlin (quoted, H100)"] = MARLIN_H100[n, k, m]
     if with_xla and tuning.X_BYTES[scheme] == 1:
-        by_xla = compile_all(xla_product(operands), operands)
         with exclusive(lock):
+            by_xla = compile_all(xla_product(operands), operands)
             peers["xla"] = round(float(np.median(kernel_us(by_xla, operands))), 2)
     config = None
-    if not (tuning.X_BYTES[scheme] == 2 and m >= tuning.DENSE_M):
+    if not by_library:
         config = tuning.to_record(tuning.choose(operands.problem, jax.devices()[0].device_kind))
     return new_record(
         "matmul",
@@ -353,7 +372,7 @@ def measure(
         value=round(float(np.median(times)), 2),
         spread=[round(times[0], 2), round(times[-1], 2)],
         limit=round(limit_us(operands.problem, bandwidth), 2),
-        max_rel_error=float(f"{max_rel_error(out, operands.expected):.2e}"),
+        max_rel_error=float(f"{error:.2e}"),
         compile_s=round(seconds, 1),
         kernel=config["kernel"] if config else "dequantize + library",
         config=config["config"] if config else None,
@@ -371,8 +390,11 @@ def prepare(folder: Path, of_torch: list[tuple[int, int, list[int]]]) -> None:
 def worker(scheme: Scheme, n: int, k: int, folder: Path, tokens: Sequence[int], xla: bool) -> None:
     """Measure one weight, and print a record for each number of tokens."""
     prepared = json.loads((folder / PREPARED).read_text())
+    lock = folder / "gpu.lock"
+    with exclusive(lock):
+        weights = jax.block_until_ready(make_weights(scheme, n, k))
     for m in tokens:
-        record = measure(scheme, m, n, k, **prepared, with_xla=xla, lock=folder / "gpu.lock")
+        record = measure(weights, m, **prepared, with_xla=xla, lock=lock)
         print(json.dumps(record), flush=True)
 
 
@@ -425,6 +447,12 @@ def _run(arguments: list[str], folder: str, timeout: float) -> str:
         return output.read()
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "N,K" as an option names it."""
+    n, k = map(int, text.split(","))
+    return n, k
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 1 where a cell is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -433,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes",
         nargs="+",
-        type=lambda shape: tuple(map(int, shape.split(","))),
+        type=parse_shape,
         default=SHAPES,
         metavar="N,K",
         help="those of Llama-3.1-8B and 3.3-70B, whole and halved",

@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bench_matmul
+import jax
+import numpy as np
 from qllama_kernels import tuning
 from qllama_kernels.tuning import Problem
 
@@ -30,7 +33,7 @@ def products(
 ) -> list[Problem]:
     """What to tune, the largest weights first: their processes take longest."""
     found = [
-        Problem(scheme=scheme, m=m, n=n, k=k, group_size=128 if scheme == "w4a16" else None)  # type: ignore[arg-type]
+        Problem(scheme=scheme, m=m, n=n, k=k, group_size=bench_matmul.GROUP_SIZE.get(scheme))  # type: ignore[arg-type]
         for scheme in schemes
         for n, k in shapes
         for m in tokens
@@ -40,9 +43,6 @@ def products(
 
 def worker(folder: Path, problem: Problem, first: int, count: int, *, xla: bool) -> None:
     """Time candidates `first`... of one product, one line in its journal for each event."""
-    import bench_matmul
-    import numpy as np
-
     journal = folder / f"{name(problem)}.jsonl"
 
     def note(**event: Any) -> None:
@@ -52,21 +52,26 @@ def worker(folder: Path, problem: Problem, first: int, count: int, *, xla: bool)
     ranked = sorted(tuning.candidates(problem), key=functools.partial(tuning._estimate, problem))[
         :count
     ]
-    operands = bench_matmul.make_operands(problem.scheme, problem.m, problem.n, problem.k)
+    lock = folder / "gpu.lock"
+    with bench_matmul.exclusive(lock):  # and so with all that runs there: times are to be true
+        weights = bench_matmul.make_weights(problem.scheme, problem.n, problem.k)
+        operands = jax.block_until_ready(bench_matmul.make_operands(weights, problem.m))
     programs: dict[int, Any] = {}
 
     def timed(index: int) -> tuple[float, float]:
         """Median microseconds and error, with the GPU to ourselves."""
-        with bench_matmul.exclusive(folder / "gpu.lock"):
+        with bench_matmul.exclusive(lock):
             note(event="run", index=index)
             out = programs[index](operands.x, operands.input_scale, operands.weights)[0]
-            error = bench_matmul.max_rel_error(out, operands.expected)
+            error = float(bench_matmul.max_rel_error(out, operands.expected))
             return float(np.median(bench_matmul.kernel_us(programs[index], operands))), error
 
     def attempt(index: int, f: Any, event: str, **record: Any) -> float:
         note(event="compile", index=index)
         try:
-            programs[index] = bench_matmul.compile_all(f, operands)
+            # XLA times what it chooses from, so it too has to have the GPU to itself.
+            with bench_matmul.exclusive(lock if event == "xla" else None):
+                programs[index] = bench_matmul.compile_all(f, operands)
             us, error = timed(index)
         except Exception as failure:  # whatever it is, the next config may do
             note(event="failed", index=index, message=str(failure)[-300:])
@@ -171,7 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--journal", type=Path, help="keep the journals in this folder")
     parser.add_argument("--schemes", nargs="+", default=("w4a16", "w8a8", "fp8"))
     parser.add_argument("--tokens", nargs="+", type=int, default=tuning.M_BUCKETS)
-    parser.add_argument("--shapes", nargs="+", help="N,K; default: those of Llama-3.1-8B")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=bench_matmul.parse_shape,
+        default=bench_matmul.LLAMA_8B,
+        metavar="N,K",
+        help="those of Llama-3.1-8B",
+    )
     parser.add_argument("--candidates", type=int, default=16, help="how many configs of a product")
     parser.add_argument("--no-xla", action="store_true", help="skip XLA, whose search is slow")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds in all")
@@ -183,12 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [problem] = products([scheme], [(int(n), int(k))], [int(m)])
         worker(Path(folder), problem, int(first), int(count), xla=not args.no_xla)
         return
-    from bench_matmul import LLAMA_8B
-
-    shapes = list(LLAMA_8B)
-    if args.shapes:
-        shapes = [(int(n), int(k)) for n, k in (shape.split(",") for shape in args.shapes)]
-    problems = products(args.schemes, shapes, args.tokens)
+    problems = products(args.schemes, args.shapes, args.tokens)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.journal or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

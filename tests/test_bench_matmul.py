@@ -24,9 +24,10 @@ def test_limit_is_memory_for_few_tokens_and_arithmetic_for_many() -> None:
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
 def test_operands_are_many_weights_and_the_product_of_the_first(scheme: str) -> None:
-    operands = bench_matmul.make_operands(scheme, 3, 128, 256)
+    made = bench_matmul.make_weights(scheme, 128, 256)
+    operands = bench_matmul.make_operands(made, 3)
     assert len(operands.weights) == 32  # small ones: as many as are ever made
-    codes, scales = (np.asarray(array) for array in operands.natural)
+    codes, scales = (np.asarray(array) for array in made.natural)
     x = np.asarray(operands.x, np.float32)
     if scheme == "w8a8":
         weight = codes.astype(np.float32) * np.asarray(scales, np.float32)
