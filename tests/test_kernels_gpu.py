@@ -11,7 +11,7 @@ from test_kernels_matmul import random_weight
 from test_rows import every_code, random
 
 pytestmark = pytest.mark.gpu
-EDGES = (1, 7, 8, 9, 16, 17, 32, 33, 40, 63, 64, 65, 128, 129, 200, 256, 257)
+EDGES = (1, 7, 8, 9, 16, 17, 32, 33, 40, 63, 64, 65, 128, 129, 200, 256, 257, 600, tuning.DENSE_M)
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def test_weight_only_schemes(scheme, group, asymmetric, dtype, m):
     check(scheme, m, 200, 576, group=group, asymmetric=asymmetric, dtype=dtype)
 
 
-@pytest.mark.parametrize("record", sorted(tuning.table("NVIDIA H200"), key=str), ids=str)
+@pytest.mark.parametrize("record", sorted(tuning.table("NVIDIA H100 80GB HBM3"), key=str), ids=str)
 def test_every_config_of_the_table(record):
     scheme, n, k, m = record
     check(scheme, m, n, k, group=128 if scheme == "w4a16" else None)
