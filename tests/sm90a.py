@@ -1,7 +1,7 @@
 """Compiles kernels for sm_90a without a GPU and prints what ptxas spilled.
 
-Products by the configs of the table, and by those that the rule gives to FP8 in blocks; then what
-lies between the products, of the models of those shapes.
+Products by the configs of the table, and by those that the rules give to FP8 in blocks and to many
+tokens; then what lies between the products, of the models of those shapes.
 
 A program of its own, because JAX must see the CUDA plugin. Needs jax-cuda13-plugin,
 jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-runtime and nvidia-nvjitlink.
@@ -77,7 +77,8 @@ def main() -> None:
     blocks = [
         (DEVICES[0], "fp8_block", *shape, m) for shape in SHAPES[::3] for m in tuning.M_BUCKETS
     ]
-    for key in sorted(TABLE) + blocks:
+    many = [(DEVICES[0], s, 28672, 4096, m) for s in ("w4a16", "w8a8", "fp8") for m in (300, 2048)]
+    for key in sorted(TABLE) + blocks + many:
         device, scheme, n, k, m = key
         group = 128 if scheme in ("w4a16", "fp8_block") else None
         problem = tuning.Problem(scheme=scheme, m=m, n=n, k=k, group_size=group)

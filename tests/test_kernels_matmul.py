@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qllama_kernels import dispatch, pallas, reference, tuning
+from qllama_kernels import dequantize, dispatch, pallas, reference, tuning
 from qllama_kernels.batch_matmul import BatchConfig
 from qllama_kernels.decode_matmul import DecodeConfig
 from qllama_kernels.packing import pack_int4
@@ -164,6 +164,18 @@ def test_several_tiles_stages_and_splits(config, splits):
     config = type(config)(**{f: getattr(config, f) for f in config.__slots__} | {"splits": splits})
     out = interpret(x, packed, config=config, weight_dtype="int4", group_size=group)
     assert_close(out, expected_of(x, codes, scales, weight_dtype="int4", group_size=group))
+
+
+def test_a_wide_weight_is_dequantized_by_several_ctas():
+    """Of which the last has fewer blocks than the others, and less than its loads in flight."""
+    rng = np.random.default_rng(0)
+    n, k, group = 72, 128 * (dequantize.BLOCKS + 2) - 64, 64
+    codes, scales, zeros = random_weight(rng, 4, n, k, group, asymmetric=True)
+    kwargs = {"weight_dtype": "int4", "group_size": group}
+    packed = dispatch.pack(codes, scales, zeros, k=k, **kwargs)
+    x = jnp.asarray(rng.normal(size=(tuning.DENSE_M, k)), jnp.bfloat16)
+    out = interpret(x, packed, config=None, **kwargs)
+    assert_close(out, expected_of(x, codes, scales, zeros, **kwargs), 4e-3)
 
 
 @pytest.mark.parametrize("config", [DECODE, BATCH])

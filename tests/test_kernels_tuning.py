@@ -167,6 +167,21 @@ def test_heuristic_knows_odd_shapes(shape):
             assert tuning.fits(problem, tuning.choose(problem))
 
 
+def test_many_tokens_get_the_largest_tiles_that_keep_the_device_busy():
+    def tile(scheme, m, n, k):
+        return tuning.choose(Problem(scheme=scheme, m=m, n=n, k=k), DEVICES[1]).block_m
+
+    assert tile("fp8", 2048, 4096, 14336) == tile("w8a8", 512, 28672, 4096) == 256
+    assert tile("fp8", 512, 4096, 14336) == 128  # 128 tiles, on 132 multiprocessors
+    assert tile("w4a16", 2048, 28672, 4096) == 128  # no registers for more
+
+
+def test_float8_of_many_tokens_is_left_to_xla_in_blocks_only():
+    for scheme in ("w4a16", "w8a8", "fp8", "fp8_block"):
+        problem = Problem(scheme=scheme, m=2048, n=4096, k=4096)
+        assert tuning.xla_is_faster(problem, DEVICES[1]) == (scheme == "fp8_block")
+
+
 def test_the_table_is_used_on_its_device_only():
     for device in DEVICES:
         key = next(key for key in sorted(TABLE) if key[:2] == (device, "w4a16"))

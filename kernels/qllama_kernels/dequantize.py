@@ -5,6 +5,8 @@
 One pass at the speed of memory; the product itself is then the library's.
 """
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from qllama_kernels import fragments, mosaic
 from qllama_kernels.fragments import COLUMNS, ROWS
 
 STAGES = 4
+BLOCKS = 8  # of 64x128 weights to a CTA: several CTAs for each place on the device, whatever N
 
 
 def dequantize(
@@ -55,29 +58,31 @@ def dequantize(
         out_ref, ring, *rest = take
         grouped_ring, (out_smem, loaded) = rest[: len(grouped)], rest[len(grouped) :]
         tile = lax.axis_index("tile")
+        first = lax.axis_index("slice") * BLOCKS
+        count = jnp.minimum(BLOCKS, blocks - first)
 
-        def fetch(block):
-            slot = lax.rem(block, STAGES)
+        def fetch(i):
+            slot, block = lax.rem(i, STAGES), first + i
             plgpu.copy_gmem_to_smem(weight_ref.at[tile, block], ring.at[slot], loaded.at[slot])
             for ref, smem in zip(grouped_refs, grouped_ring, strict=True):
                 source = ref.at[pl.ds(block * parts, parts), pl.ds(tile * ROWS, ROWS)]
                 plgpu.copy_gmem_to_smem(source, smem.at[slot], loaded.at[slot])
 
-        for first in range(min(STAGES, blocks)):
-            fetch(jnp.int32(first))
+        for i in range(min(STAGES, BLOCKS)):
+            pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
 
-        def step(block, _):
-            slot = lax.rem(block, STAGES)
-            half = lax.rem(block, 2)
+        def step(i, _):
+            slot = lax.rem(i, STAGES)
+            half = lax.rem(i, 2)
             plgpu.barrier_wait(loaded.at[slot])
             values = mosaic.load_fragments(ring.at[slot], bits, dtype, interpret)
             rows = [
                 [mosaic.load_rows(smem.at[slot, g]) for g in range(parts)] for smem in grouped_ring
             ]
 
-            @pl.when(block + STAGES < blocks)
+            @pl.when(i + STAGES < count)
             def _():
-                fetch(block + STAGES)
+                fetch(i + STAGES)
 
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for part in range(parts):
@@ -95,10 +100,11 @@ def dequantize(
                 )
                 out_smem[half, :, part * chunk : (part + 1) * chunk] = a.astype(dtype)
             plgpu.commit_smem()
-            target = out_ref.at[pl.ds(tile * ROWS, ROWS), pl.ds(block * COLUMNS, COLUMNS)]
+            columns = pl.ds((first + i) * COLUMNS, COLUMNS)
+            target = out_ref.at[pl.ds(tile * ROWS, ROWS), columns]
             plgpu.copy_smem_to_gmem(out_smem.at[half], target)
 
-        lax.fori_loop(0, blocks, step, None)
+        lax.fori_loop(0, count, step, None)
         plgpu.wait_smem_to_gmem(0)
 
     smem = plgpu.SMEM
@@ -111,8 +117,8 @@ def dequantize(
             smem((2, ROWS, COLUMNS), dtype, transforms=mosaic.k_major(chunk, dtype)),
             plgpu.Barrier(num_arrivals=1 + len(grouped), num_barriers=STAGES),
         ],
-        grid=(tiles,),
-        grid_names=("tile",),
+        grid=(tiles, -(-blocks // BLOCKS)),
+        grid_names=("tile", "slice"),
         compiler_params=mosaic.COMPILER_PARAMS,
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(weight, *grouped, *row_scales)

@@ -257,7 +257,7 @@ def _product(
             dtype=x.dtype,
             interpret=interpret,
         )
-        return dot(x, weight, jnp.float32)[None, :, : problem.n].astype(out_dtype)
+        return dot(x, weight, out_dtype)[None, :, : problem.n]
     if m % 8 and (m > 8 or problem.scheme == "fp8_block"):
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
         if input_scale is not None and input_scale.ndim:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from qllama_kernels.xla import WITHOUT_TRITON
 
 from qllama.engine import programs
 from qllama.engine.buckets import bucket
@@ -368,10 +369,13 @@ class Runner:
         return self.compiled[key](*arguments)
 
     def _options(self, name: str) -> dict[str, bool] | None:
-        """What XLA is told of a program: decoding sums little and often."""
+        """What XLA is told of a program: decoding has small sums, all else has long products."""
         devices = self.mesh.devices
-        sums = name == "decode" and devices.size > 1 and devices.flat[0].platform == "gpu"
-        return ONE_SHOT_SUMS if sums else None
+        if devices.flat[0].platform != "gpu":
+            return None
+        if name == "decode":
+            return ONE_SHOT_SUMS if devices.size > 1 else None
+        return WITHOUT_TRITON
 
     def _jit(
         self,

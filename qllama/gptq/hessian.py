@@ -14,12 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-# For the programs of large float32 products in full precision, and of Hessians. XLA for GPUs would
-# try out many of Triton's for each: seconds of compiling. Of the former none has tensor cores to
-# use; of the latter one is chosen that takes 10.2 ms for 16k tokens of 14336 features where cuBLAS
-# takes 7.4 (H100).
-WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+from qllama_kernels.xla import WITHOUT_TRITON
 
 # What a damping fraction is of: the mean of diag H, or the mean with each entry cut to ten
 # medians, so that a few massive channels do not raise everyone's damping.

@@ -18,9 +18,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from qllama_kernels.packing import pack_int4
+from qllama_kernels.xla import WITHOUT_TRITON
 
 from qllama.gptq.hessian import (
-    WITHOUT_TRITON,
     DampeningReference,
     Hessian,
     Moments,

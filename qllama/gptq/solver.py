@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from qllama_kernels.xla import WITHOUT_TRITON
 
-from qllama.gptq.hessian import WITHOUT_TRITON
 from qllama.gptq.scales import Grid, code_dtype, dequantize_code, round_to_code
 from qllama.quantization.scheme import QuantScheme
 

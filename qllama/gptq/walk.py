@@ -29,6 +29,7 @@ from flax import nnx
 from qllama_convert.linear import LinearWeights
 from qllama_convert.names import GATE_UP, QKV
 from qllama_kernels.rows import swiglu
+from qllama_kernels.xla import WITHOUT_TRITON
 
 from qllama.config import LlamaConfig
 from qllama.gptq.batches import Batch, Stream
@@ -250,7 +251,7 @@ def _embedded(table: jax.Array, tokens: jax.Array) -> jax.Array:
 # -- stages: of modules, the lengths of rows [B], and arrays of one batch --------------------------
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=WITHOUT_TRITON)
 def _run(
     stage: Callable[..., tuple[jax.Array, ...]],
     config: LlamaConfig,

@@ -52,10 +52,11 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Input, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
         assert not isinstance(x, QuantizedInput)
-        out = dot(x, self.weight[...], jnp.float32)
-        if self.bias is not None:
-            out = out + self.bias[...].astype(jnp.float32)
-        return out.astype(out_dtype or x.dtype)
+        out_dtype = out_dtype or x.dtype
+        if self.bias is None:
+            return dot(x, self.weight[...], out_dtype)
+        out = dot(x, self.weight[...], jnp.float32) + self.bias[...].astype(jnp.float32)
+        return out.astype(out_dtype)
 
 
 class QuantDense(nnx.Module):
