@@ -1,6 +1,7 @@
 """The tensors of one module of a checkpoint, read under their rules or refused with their name."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import numpy as np
@@ -96,10 +97,15 @@ class ModuleTensors:
         """
         unsigned, mask, limit = _MAGNITUDE[self.info(suffix).dtype]
         flat = array.reshape(-1).view(unsigned)
-        for start in range(0, flat.size, _CHUNK):
+
+        def bad_value(start: int) -> int | None:
             bad = (flat[start : start + _CHUNK] & flat.dtype.type(mask)) >= limit
-            if bad.any():
-                self._refuse_value(suffix, array, start + int(bad.argmax()))
+            return start + int(bad.argmax()) if bad.any() else None
+
+        with ThreadPoolExecutor() as pool:
+            for place in pool.map(bad_value, range(0, flat.size, _CHUNK)):
+                if place is not None:
+                    self._refuse_value(suffix, array, place)
 
     def _refuse_value(self, suffix: str, array: np.ndarray, place: int) -> NoReturn:
         value = float(array.reshape(-1)[place])

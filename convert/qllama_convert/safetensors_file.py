@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +134,8 @@ class SafetensorsFile:
 def write_safetensors(
     path: Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]
 ) -> dict[str, TensorEntry]:
-    """Write a new file and flush it to the disk, holding one tensor in memory at a time.
+    """Write a new file and flush it to the disk, each tensor while the next one is made: two are
+    held in memory at a time.
 
     The data lies in the order in which it comes, which keeps every tensor aligned, but for those
     whose size is no multiple of eight bytes: they come last, the widest dtypes first.
@@ -150,10 +152,12 @@ def write_safetensors(
     with (
         open(path, "x+b", buffering=0) as file,
         tempfile.SpooledTemporaryFile(_ODD_BYTES, dir=str(path.parent)) as odd_data,
+        ThreadPoolExecutor(1, thread_name_prefix="safetensors") as writer,
     ):
         # The header comes first but is known last, so room is left for it.
         file.seek(_HEADER_ROOM)
         end = 0
+        written: Future[None] | None = None
         for name, array in tensors:
             if name in entries or name in odd or name == "__metadata__":
                 raise ValueError(f"{path.name}: tensor name {name} is taken")
@@ -167,8 +171,12 @@ def write_safetensors(
                 odd_data.write(octets)
             else:
                 entries[name] = entry
-                _write_all(file, octets)
+                if written is not None:
+                    written.result()
+                written = writer.submit(_write_all, file, octets)
                 end = entry.stop
+        if written is not None:
+            written.result()
         for name in sorted(odd, key=lambda name: (-_BITS[odd[name].dtype], name)):
             start, stop = odd[name].start, odd[name].stop
             odd_data.seek(start)
