@@ -89,6 +89,12 @@ def main() -> None:
         name = {"product": key, "config": str(config)}
         compile_and_print(name, product(problem, config), *operands(problem))
 
+    for scheme, group in itertools.product(("w4a16", "w8a16"), (None, 32, 128)):
+        m = tuning.DENSE_M
+        problem = tuning.Problem(scheme=scheme, m=m, n=4096, k=14336, group_size=group)
+        name = {"dequantized": scheme, "group": group}
+        compile_and_print(name, product(problem, None), *operands(problem))
+
     attend = partial(decode_attention, backend="pallas")
     for dtype, cached, d, capacity, group in itertools.product(
         ("bfloat16", "float16"), (None, "float8_e4m3fn"), (64, 128), (256, 4096), (1, 3, 4, 8)

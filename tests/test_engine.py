@@ -139,7 +139,7 @@ def decode_text(runner: Runner) -> str:
     """The optimized program of the last decode that `runner` compiled."""
     run(make_engine(runner), [request(5), request(6)])
     (key,) = [key for key in runner.compiled if key[0] == "decode"]
-    return runner.compiled[key].as_text()
+    return runner.compiled[key].result().as_text()
 
 
 def test_decode_copies_no_cache_and_asks_the_host_nothing() -> None:
@@ -246,4 +246,13 @@ def test_on_compile_is_told_the_programs() -> None:
     model = init_llama(CONFIG, jax.random.key(0))
     runner = Runner(model, cache_dtype=jnp.float32, steps=4, on_compile=remember)
     run(make_engine(runner), [request(5)])
-    assert names == ["set_rows", "prefill", "decode"]
+    # Decoding is compiled beside prefill: nobody may have to wait for it.
+    assert names in (["set_rows", "prefill", "decode"], ["set_rows", "prefill"])
+
+
+@pytest.mark.parametrize(("max_tokens", "compiled"), [(1, {"prefill"}), (2, {"prefill", "decode"})])
+def test_decoding_is_compiled_beside_prefill_if_it_comes(max_tokens, compiled) -> None:
+    runner = make_runner()
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    next(iter(make_engine(runner).run([request(5, params=params)])))  # its first token
+    assert {name for name, *_ in runner.compiled} - {"set_rows"} == compiled

@@ -192,6 +192,24 @@ def test_one_scale_for_all(config, dtype):
     np.testing.assert_array_equal(out, expected_of(x, codes, scales, **kwargs))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("m", "tile"), [(300, 128), (2 * 128 * 132, 256)])
+def test_tiles_of_many_tokens(dtype, m, tile):
+    """Neither tokens nor rows fill the last one."""
+    weight = {"int8": "w8a8", "float8_e4m3fn": "fp8"}[dtype]
+    config = tuning.choose(tuning.Problem(scheme=weight, m=m, n=200, k=384))
+    assert config.block_m == tile
+    rng = np.random.default_rng(0)
+    x, codes = (
+        jnp.asarray(rng.integers(-8, 8, shape), dtype) for shape in ((300, 384), (200, 384))
+    )
+    scales, input_scale = (jnp.asarray(rng.uniform(0.5, 1.5, (rows, 1))) for rows in (200, 300))
+    kwargs = {"weight_dtype": dtype, "input_scale": input_scale}
+    packed = dispatch.pack(codes, scales, k=384, weight_dtype=dtype, quantized_input=True)
+    out = interpret(x, packed, config=config, **kwargs)
+    assert_close(out, expected_of(x, codes, scales, **kwargs))
+
+
 def test_int8_sums_are_exact():
     x = jnp.full((8, 1024), -128, jnp.int8).at[1].set(127)
     codes = jnp.full((64, 1024), -128, jnp.int8).at[5].set(127)

@@ -114,6 +114,8 @@ class Engine:
     def _prefill(self, admitted: dict[int, Request]) -> Iterator[Request]:
         runner, chunk = self.runner, self._chunk(admitted.values())
         self._reserve()
+        if any(request.max_tokens > 1 for request in admitted.values()):
+            runner.prepare_decode()
         longest = max(len(request.prompt) for request in admitted.values())
         readings = (
             runner.prefill(

@@ -2,12 +2,14 @@
 requests into arrays, and what comes back into tokens.
 
 Weights are arguments of the programs, cache and slots are donated; each program is compiled once
-per static shape and kept. What they compute is in `qllama.engine.programs`.
+per static shape and kept, by threads, so that decoding is compiled beside the prefill before it.
+What they compute is in `qllama.engine.programs`.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +86,8 @@ class Runner:
             mesh: of one replica, the one the model was loaded onto; None: the first device. Over
                 several devices every program runs inside one `shard_map`: each device with its own
                 heads and cache, all of them with the same slots.
-            on_compile: a context entered around each compilation, given the program's name.
+            on_compile: a context entered while a program is compiled that is waited for, given its
+                name.
         """
         self.mesh = make_mesh() if mesh is None else mesh
         self.cached = cache_sharding(self.mesh)
@@ -97,7 +100,8 @@ class Runner:
         # float32 means float32: GPUs would otherwise multiply in TF32.
         wide = model.embed_tokens[...].dtype == jnp.float32
         self.precision = "highest" if wide else "default"
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.compiled: dict[tuple[Any, ...], Future[Any]] = {}
+        self.compilers = ThreadPoolExecutor(2, thread_name_prefix="compile")
         self.features = Features()
         self.rows: list[Request | None] = []
         self.cache: KVCache | None = None
@@ -201,17 +205,18 @@ class Runner:
             if length <= stop:
                 yield row, request, _burst(request, output, [(i,)])
 
+    def prepare_decode(self) -> None:
+        """Begin to compile `decode` for the rows and the room there are, and wait for nothing."""
+        arguments, options = self._decoding()
+        self._compile(
+            self._with_leaves(programs.decode), (self.leaves, *arguments), over=None, **options
+        )
+
     def decode(self) -> Flight:
         """Start `steps` steps of all occupied rows that are still running, and wait for nothing."""
-        wanted = np.array([request is not None for request in self.rows])
+        arguments, options = self._decoding()
         self.cache, self.slots, ran, output = self._call_model(
-            programs.decode,
-            self.cache,
-            self.slots,
-            wanted,
-            donate=(1, 2),
-            steps=self.steps,
-            features=self.features,
+            programs.decode, *arguments, **options
         )
         return Flight(tuple(self.rows), ran, output)
 
@@ -269,6 +274,12 @@ class Runner:
         )
 
     # -- details -------------------------------------------------------------------------------
+
+    def _decoding(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What `programs.decode` is called with."""
+        wanted = np.array([request is not None for request in self.rows])
+        options = {"donate": (1, 2), "steps": self.steps, "features": self.features}
+        return (self.cache, self.slots, wanted), options
 
     def _request(self, row: int) -> Request:
         request = self.rows[row]
@@ -353,20 +364,33 @@ class Runner:
         over: NamedSharding | None = None,
         **static: Any,
     ) -> Any:
-        """`function(*arguments, **static)`, compiled once per shapes and static values.
+        """`function(*arguments, **static)`. What it returns lies as `over` says; None: it is a
+        program of the model."""
+        program = self.compiled.get(_key(function, arguments, static))
+        if program is None or not program.done():
+            with self.on_compile(function.__name__):
+                program = self._compile(function, arguments, donate=donate, over=over, **static)
+                program.result()
+        return program.result()(*arguments)
 
-        What it returns lies as `over` says; None: it is a program of the model.
-        """
-        name = function.__name__
-        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
-        key = (name, shapes, *static.values())
+    def _compile(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        *,
+        donate: tuple[int, ...],
+        over: NamedSharding | None,
+        **static: Any,
+    ) -> Future[Any]:
+        """The program that `_call` runs, once for all calls with the same shapes and static
+        values: traced here, compiled by a thread."""
+        key = _key(function, arguments, static)
         if key not in self.compiled:
             jitted = self._jit(functools.partial(function, **static), arguments, donate, over)
-            with self.on_compile(name):
-                self.compiled[key] = jitted.lower(*arguments).compile(
-                    compiler_options=self._options(name)
-                )
-        return self.compiled[key](*arguments)
+            self.compiled[key] = self.compilers.submit(
+                jitted.lower(*arguments).compile, compiler_options=self._options(function.__name__)
+            )
+        return self.compiled[key]
 
     def _options(self, name: str) -> dict[str, bool] | None:
         """What XLA is told of a program: decoding has small sums, all else has long products."""
@@ -393,6 +417,14 @@ class Runner:
                 check_vma=False,  # the kernels say nothing of how their results vary
             )
         return jax.jit(program, donate_argnums=donate, out_shardings=over)
+
+
+def _key(
+    function: Callable[..., Any], arguments: tuple[Any, ...], static: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """What a program is compiled for."""
+    shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
+    return function.__name__, shapes, *static.values()
 
 
 def _burst(request: Request, output: SampleOutput, places: Sequence[tuple[int, ...]]) -> Burst:
