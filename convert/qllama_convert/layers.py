@@ -1,9 +1,7 @@
-"""The Linears of decoder layers on the host: parts, read ahead, sorted and stacked for a loader."""
+"""The Linears of decoder layers on the host: parts, sorted and stacked for a loader."""
 
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 
@@ -89,16 +87,6 @@ def open_model_linear(
     linear = open_linear(checkpoint, quantization, path, linear_shapes(config)[path])
     check_bias(checkpoint, config, path, linear)
     return linear
-
-
-def look_ahead[T](items: Iterator[T]) -> Generator[T]:
-    """`items`, each made by a thread while the one before it is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(next, items, end)
-        while (item := ahead.result()) is not end:
-            ahead = pool.submit(next, items, end)
-            yield cast(T, item)
 
 
 def part_of_linear(

@@ -22,11 +22,11 @@ from qllama.parallel.mesh import MODEL, local_ranks, make_mesh
 from qllama.parallel.placement import place
 from qllama.parallel.sharding import local_config, shard_kv_scales
 from qllama.quantization.activations import Semantics
+from qllama.threads import look_ahead
 from qllama_convert.checkpoint import Checkpoint
 from qllama_convert.files import first_few
 from qllama_convert.kv_scales import read_kv_scales
 from qllama_convert.layers import (
-    look_ahead,
     open_model_linear,
     part_of_linear,
     read_layers,

@@ -11,7 +11,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qllama.errors import CheckpointError
+from qllama.threads import one_behind
 from qllama_convert.files import open_file, parse_json
 
 DTYPES: dict[str, np.dtype] = {
@@ -152,31 +152,28 @@ def write_safetensors(
     with (
         open(path, "x+b", buffering=0) as file,
         tempfile.SpooledTemporaryFile(_ODD_BYTES, dir=str(path.parent)) as odd_data,
-        ThreadPoolExecutor(1, thread_name_prefix="safetensors") as writer,
     ):
         # The header comes first but is known last, so room is left for it.
         file.seek(_HEADER_ROOM)
         end = 0
-        written: Future[None] | None = None
-        for name, array in tensors:
-            if name in entries or name in odd or name == "__metadata__":
-                raise ValueError(f"{path.name}: tensor name {name} is taken")
-            if array.dtype not in CODES:
-                raise ValueError(f"tensor {name} has dtype {array.dtype}, unknown to safetensors")
-            entry = TensorEntry(CODES[array.dtype], array.shape, end, end + array.nbytes)
-            octets = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            if array.nbytes % 8:
-                start = odd_data.tell()
-                odd[name] = entry._replace(start=start, stop=start + array.nbytes)
-                odd_data.write(octets)
-            else:
-                entries[name] = entry
-                if written is not None:
-                    written.result()
-                written = writer.submit(_write_all, file, octets)
-                end = entry.stop
-        if written is not None:
-            written.result()
+        with one_behind() as behind:
+            for name, array in tensors:
+                if name in entries or name in odd or name == "__metadata__":
+                    raise ValueError(f"{path.name}: tensor name {name} is taken")
+                if array.dtype not in CODES:
+                    raise ValueError(
+                        f"tensor {name} has dtype {array.dtype}, unknown to safetensors"
+                    )
+                entry = TensorEntry(CODES[array.dtype], array.shape, end, end + array.nbytes)
+                octets = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+                if array.nbytes % 8:
+                    start = odd_data.tell()
+                    odd[name] = entry._replace(start=start, stop=start + array.nbytes)
+                    odd_data.write(octets)
+                else:
+                    entries[name] = entry
+                    behind(_write_all, file, octets)
+                    end = entry.stop
         for name in sorted(odd, key=lambda name: (-_BITS[odd[name].dtype], name)):
             start, stop = odd[name].start, odd[name].stop
             odd_data.seek(start)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from qllama.gptq.report import QuantizationReport, Seconds
 from qllama.gptq.source import Unit, fingerprint, read_ahead, units
 from qllama.gptq.task import Task, plain_recipe, settle, versions
 from qllama.gptq.walk import Walk
+from qllama.threads import one_behind
 from qllama.tokenizer import load_tokenizer
 
 
@@ -162,11 +162,7 @@ def _quantize_units(
     begin = time.perf_counter()
     # Without a walk there is nothing to take through the layers that are finished.
     wanted = everything if walk is not None else everything[finished:]
-    written: Future[None] | None = None
-    with (
-        jax.default_matmul_precision(precision),
-        ThreadPoolExecutor(1, thread_name_prefix="journal") as writer,
-    ):
+    with jax.default_matmul_precision(precision), one_behind() as behind:
         for unit, weights in read_ahead(task.checkpoint, task.config, wanted, finished):
             io = time.perf_counter() - begin
             if unit.number < finished:
@@ -192,11 +188,7 @@ def _quantize_units(
             name = LM_HEAD if unit.layer is None else f"layer {unit.layer}"
             display.unit(name, decisions.unit.reports)
             begin = time.perf_counter()
-            if written is not None:
-                written.result()
-            written = writer.submit(journal.append, decisions.unit, seconds)
-        if written is not None:
-            written.result()
+            behind(journal.append, decisions.unit, seconds)
 
 
 def _decide(decisions: Quantizing, unit: Unit, walk: Walk | None) -> Seconds:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from qllama_convert.names import (
 
 from qllama.config import LlamaConfig
 from qllama.errors import CheckpointError
+from qllama.threads import look_ahead
 
 _SAMPLES = 64  # pieces of a weight file that are hashed
 _SAMPLE_BYTES = 1 << 16
@@ -130,14 +130,7 @@ def read_ahead(
         }
         return UnitWeights(linears, weights.norms)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        coming = pool.submit(read, wanted[0])
-        for unit, following in zip(wanted, [*wanted[1:], None], strict=True):
-            weights = coming.result()
-            if following is not None:
-                coming = pool.submit(read, following)
-            yield unit, weights
-            del weights
+    return look_ahead((unit, read(unit)) for unit in wanted)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
