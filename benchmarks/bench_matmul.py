@@ -92,53 +92,80 @@ class Operands(NamedTuple):
     expected: jax.Array  # float32 [M, N]
 
 
-def make_weights(scheme: Scheme, n: int, k: int) -> Weights:
-    """Random codes and scales. Raises ValueError for a shape that is not of whole tiles."""
+@contextlib.contextmanager
+def exclusive(lock: Path | None) -> Iterator[None]:
+    """Hold a lock file, so that processes that compile side by side take turns on the GPU."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make_weights(scheme: Scheme, n: int, k: int, lock: Path | None = None) -> Weights:
+    """Random codes and scales; compiled at once, made under the lock.
+
+    Raises:
+        ValueError: a shape that is not of whole tiles.
+    """
     if k % 128 or n % 64:
         raise ValueError(f"N={n}, K={k}: benchmarks take whole tiles, N % 64 = K % 128 = 0")
     group = GROUP_SIZE.get(scheme)
-    copies = max(3, min(32, int(4 * L2_BYTES / (n * k * tuning.BITS[scheme] / 8)) + 1))
 
-    @jax.jit
-    def codes(key: jax.Array) -> jax.Array:
+    def natural(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         if scheme == "w4a16":
-            return jax.random.bits(key, (n, k // 2), jnp.uint8)
-        if scheme == "fp8":
-            return jax.random.normal(key, (n, k), jnp.bfloat16).astype(jnp.float8_e4m3fn)
-        return jax.random.randint(key, (n, k), -127, 128, jnp.int8)
+            codes = jax.random.bits(key, (n, k // 2), jnp.uint8)
+        elif scheme == "fp8":
+            codes = jax.random.normal(key, (n, k), jnp.bfloat16).astype(jnp.float8_e4m3fn)
+        else:
+            codes = jax.random.randint(key, (n, k), -127, 128, jnp.int8)
+        scales = jax.random.uniform(key, (n, k // group if group else 1), jnp.float32, 0.5, 1.5)
+        return codes, scales.astype(jnp.bfloat16)
 
-    @jax.jit
-    def pack(codes: jax.Array, scales: jax.Array) -> dispatch.PackedWeight:
+    def packed(key: jax.Array) -> dispatch.PackedWeight:
         return dispatch.pack(
-            codes,
-            scales,
+            *natural(key),
             k=k,
             weight_dtype=WEIGHT_DTYPE[scheme],
             group_size=group,
             quantized_input=tuning.X_BYTES[scheme] == 1,
         )
 
-    shape = (n, k // group if group else 1)
-    scales = jax.random.uniform(jax.random.key(copies), shape, jnp.float32, 0.5, 1.5)
-    scales = scales.astype(jnp.bfloat16)
-    packed = [pack(codes(jax.random.key(i)), scales) for i in range(copies)]
-    return Weights(scheme, n, k, packed, (codes(jax.random.key(0)), scales))
+    copies = max(3, min(32, int(4 * L2_BYTES / (n * k * tuning.BITS[scheme] / 8)) + 1))
+    keys = [jax.random.key(i) for i in range(copies)]
+    make_natural, make_packed = (jax.jit(f).lower(keys[0]).compile() for f in (natural, packed))
+    with exclusive(lock):
+        made = [make_packed(key) for key in keys], make_natural(keys[0])
+        return Weights(scheme, n, k, *jax.block_until_ready(made))
 
 
-def make_operands(weights: Weights, m: int) -> Operands:
-    """Those weights and `m` random tokens."""
+def make_operands(weights: Weights, m: int, lock: Path | None = None) -> Operands:
+    """Those weights and `m` random tokens; compiled at once, made under the lock."""
     scheme, group = weights.scheme, GROUP_SIZE.get(weights.scheme)
-    keys = jax.random.split(jax.random.key(m))
-    x = jax.random.normal(keys[0], (m, weights.k), jnp.bfloat16)
-    input_scale = None
-    if tuning.X_BYTES[scheme] == 1:
-        input_scale = jax.random.uniform(keys[1], (m, 1), jnp.float32, 0.5, 1.5)
-        x = (x * 40).astype(jnp.int8) if scheme == "w8a8" else x.astype(jnp.float8_e4m3fn)
-    expected = jax.jit(
-        lambda x, c, s, a: reference.quantized_matmul(
-            x, c, s, weight_dtype=WEIGHT_DTYPE[scheme], group_size=group, input_scale=a
+
+    def tokens(
+        key: jax.Array, codes: jax.Array, scales: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        x = jax.random.normal(key, (m, weights.k), jnp.bfloat16)
+        input_scale = None
+        if tuning.X_BYTES[scheme] == 1:
+            input_scale = jax.random.uniform(key, (m, 1), jnp.float32, 0.5, 1.5)
+            x = (x * 40).astype(jnp.int8) if scheme == "w8a8" else x.astype(jnp.float8_e4m3fn)
+        expected = reference.quantized_matmul(
+            x,
+            codes,
+            scales,
+            weight_dtype=WEIGHT_DTYPE[scheme],
+            group_size=group,
+            input_scale=input_scale,
         )
-    )(x, *weights.natural, input_scale)
+        return x, input_scale, expected
+
+    arguments = (jax.random.key(m), *weights.natural)
+    make_tokens = jax.jit(tokens, compiler_options=WITHOUT_TRITON).lower(*arguments).compile()
+    with exclusive(lock):
+        x, input_scale, expected = jax.block_until_ready(make_tokens(*arguments))
     problem = Problem(scheme=scheme, m=m, n=weights.n, k=weights.k, group_size=group)
     return Operands(problem, x, input_scale, weights.packed, expected)
 
@@ -201,17 +228,6 @@ def kernel_us(program: Callable[..., Any], operands: Operands, repeats: int = 7)
         operands.x, operands.input_scale, operands.weights
     )
     return sorted(t * 1e3 / len(operands.weights) for t in times)
-
-
-@contextlib.contextmanager
-def exclusive(lock: Path | None) -> Iterator[None]:
-    """Hold a lock file, so that processes that compile side by side take turns on the GPU."""
-    if lock is None:
-        yield
-        return
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def read_bandwidth() -> float:
@@ -337,8 +353,7 @@ def measure(
     become ten. So does what XLA compiles, which it times to choose.
     """
     scheme, n, k = weights.scheme, weights.n, weights.k
-    with exclusive(lock):
-        operands = jax.block_until_ready(make_operands(weights, m))
+    operands = make_operands(weights, m, lock)
     by_library = tuning.X_BYTES[scheme] == 2 and m >= tuning.DENSE_M
     with exclusive(lock if by_library else None):
         start = time.perf_counter()
@@ -391,8 +406,7 @@ def worker(scheme: Scheme, n: int, k: int, folder: Path, tokens: Sequence[int], 
     """Measure one weight, and print a record for each number of tokens."""
     prepared = json.loads((folder / PREPARED).read_text())
     lock = folder / "gpu.lock"
-    with exclusive(lock):
-        weights = jax.block_until_ready(make_weights(scheme, n, k))
+    weights = make_weights(scheme, n, k, lock)
     for m in tokens:
         record = measure(weights, m, **prepared, with_xla=xla, lock=lock)
         print(json.dumps(record), flush=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import bench_matmul
-import jax
 import numpy as np
 from qllama_kernels import tuning
 from qllama_kernels.tuning import Problem
@@ -53,9 +52,8 @@ def worker(folder: Path, problem: Problem, first: int, count: int, *, xla: bool)
         :count
     ]
     lock = folder / "gpu.lock"
-    with bench_matmul.exclusive(lock):  # and so with all that runs there: times are to be true
-        weights = bench_matmul.make_weights(problem.scheme, problem.n, problem.k)
-        operands = jax.block_until_ready(bench_matmul.make_operands(weights, problem.m))
+    weights = bench_matmul.make_weights(problem.scheme, problem.n, problem.k, lock)
+    operands = bench_matmul.make_operands(weights, problem.m, lock)
     programs: dict[int, Any] = {}
 
     def timed(index: int) -> tuple[float, float]:

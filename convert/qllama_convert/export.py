@@ -1,7 +1,7 @@
 """A model as a checkpoint folder that others read: its Linears as given, all else of its source.
 
-Streams: one Linear at a time is held in memory. What was written is read back and compared before
-the folder appears.
+Streams: two Linears are held in memory, one being made and one being written. What was written is
+read back and compared before the folder appears.
 """
 
 import json
