@@ -17,6 +17,7 @@ from qllama.engine.request import Burst, Request
 from qllama.engine.runner import Flight, Reading, Runner
 from qllama.engine.sampling_params import SamplingParams
 from qllama.model.init import init_llama
+from qllama.model.llama import Llama
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -195,6 +196,22 @@ def test_a_second_text_of_the_same_length_compiles_nothing(length: int) -> None:
     compiled = set(runner.compiled)
     run(engine, [request(length, seed=1)])
     assert set(runner.compiled) == compiled
+
+
+def test_the_head_gets_two_rows_of_one_prompt() -> None:
+    """XLA's library product of a single row would first widen the whole head to float32."""
+    shapes: list[tuple[int, ...]] = []
+
+    def logits(model: Llama, hidden: jax.Array) -> jax.Array:
+        shapes.append(hidden.shape)
+        return original(model, hidden)
+
+    original = Llama.logits
+    params = SamplingParams(temperature=0, max_tokens=1)
+    for prompts in (1, 2):
+        with mock.patch.object(Llama, "logits", logits):
+            run(make_engine(make_runner()), [request(5, params=params) for _ in range(prompts)])
+    assert shapes == [(2, 32), (2, 32)]
 
 
 def test_a_chunk_of_prompts_is_followed_by_the_next_before_it_is_fetched() -> None:

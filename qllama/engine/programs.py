@@ -122,9 +122,11 @@ def prefill(
         chunk.tokens, positions, cache, rows=chunk.rows, lengths=chunk.length, context=context
     )
     last = hidden[jnp.arange(rows), chunk.count - 1]
+    # Two rows at least: for one, XLA without Triton first writes the whole head out in float32.
+    last = jnp.pad(last, ((0, max(2 - rows, 0)), (0, 0)))
     read = chunk.start + chunk.count  # tokens in the cache now
     output = sample(
-        model.logits(last),
+        model.logits(last)[:rows],
         _take_rows(slots.sampling, chunk.rows),
         read,
         _take_rows(slots.penalties, chunk.rows),
