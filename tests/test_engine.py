@@ -187,6 +187,22 @@ def test_the_device_has_its_next_work_before_its_tokens_are_fetched() -> None:
     assert calls == ["decode", "decode", "fetch", "decode", "fetch", "fetch"]
 
 
+def test_decoding_is_compiled_for_no_room_in_which_nothing_is_decoded() -> None:
+    """Prompts are read in turn here, and the second needs more room than the first."""
+    runner = make_runner()
+    rooms: set[int] = set()
+
+    def decode() -> Flight:
+        assert runner.cache is not None
+        rooms.add(runner.cache.capacity)
+        return Runner.decode(runner)
+
+    with mock.patch.object(runner, "decode", decode):
+        run(make_engine(runner), [request(5), request(120)])
+    assert rooms == {256}
+    assert len([name for name, *_ in runner.compiled if name == "decode"]) == 1
+
+
 @pytest.mark.parametrize("length", [120, 127, 128])
 def test_a_second_text_of_the_same_length_compiles_nothing(length: int) -> None:
     """Though decoding needs more room than the prompt, where the cache doubles."""

@@ -63,7 +63,8 @@ class Engine:
         flight: Flight | None = None
         while waiting or flight or any(runner.rows):
             if admitted := self._admit(waiting):
-                yield from self._prefill(admitted)
+                more = bool(waiting) and None in runner.rows  # before anything is decoded
+                yield from self._prefill(admitted, decode_follows=not more)
                 continue
             following = self._decode(flight)
             if flight is not None:
@@ -111,10 +112,10 @@ class Engine:
         longest = max(len(request.prompt) for request in requests)
         return bucket(longest, SMALLEST_CHUNK, largest=self.max_num_batched_tokens)
 
-    def _prefill(self, admitted: dict[int, Request]) -> Iterator[Request]:
+    def _prefill(self, admitted: dict[int, Request], *, decode_follows: bool) -> Iterator[Request]:
         runner, chunk = self.runner, self._chunk(admitted.values())
         self._reserve()
-        if any(request.max_tokens > 1 for request in admitted.values()):
+        if decode_follows and any(request.max_tokens > 1 for request in admitted.values()):
             runner.prepare_decode()
         longest = max(len(request.prompt) for request in admitted.values())
         readings = (
