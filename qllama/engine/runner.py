@@ -40,6 +40,7 @@ from qllama.parallel.placement import cache_sharding, partition_specs
 # Small sums over GPUs in one kernel of XLA's own, not NCCL's: 64 dependent psums of [1, 8192] took
 # 20.7 us each in place of 25.3 on two H100s, of [64, 8192] 26.2 in place of 27.3 (jax 0.11.2).
 ONE_SHOT_SUMS = {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True}
+_DECODE_DONATES = (1, 2)  # cache and slots, behind the weights
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Runner:
             mesh: of one replica, the one the model was loaded onto; None: the first device. Over
                 several devices every program runs inside one `shard_map`: each device with its own
                 heads and cache, all of them with the same slots.
-            on_compile: a context entered while a program is compiled that is waited for, given its
+            on_compile: a context entered around the wait for each compilation, given the program's
                 name.
         """
         self.mesh = make_mesh() if mesh is None else mesh
@@ -100,7 +101,8 @@ class Runner:
         # float32 means float32: GPUs would otherwise multiply in TF32.
         wide = model.embed_tokens[...].dtype == jnp.float32
         self.precision = "highest" if wide else "default"
-        self.compiled: dict[tuple[Any, ...], Future[Any]] = {}
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.compiling: dict[tuple[Any, ...], Future[Any]] = {}  # not called yet
         self.compilers = ThreadPoolExecutor(2, thread_name_prefix="compile")
         self.features = Features()
         self.rows: list[Request | None] = []
@@ -207,16 +209,18 @@ class Runner:
 
     def prepare_decode(self) -> None:
         """Begin to compile `decode` for the rows and the room there are, and wait for nothing."""
-        arguments, options = self._decoding()
-        self._compile(
-            self._with_leaves(programs.decode), (self.leaves, *arguments), over=None, **options
-        )
+        program = self._with_leaves(programs.decode)
+        arguments, static = self._decoding()
+        arguments = (self.leaves, *arguments)
+        key = _key(program, arguments, static)
+        if key not in self.compiled:
+            self._begin(key, program, arguments, _DECODE_DONATES, None, static)
 
     def decode(self) -> Flight:
         """Start `steps` steps of all occupied rows that are still running, and wait for nothing."""
-        arguments, options = self._decoding()
+        arguments, static = self._decoding()
         self.cache, self.slots, ran, output = self._call_model(
-            programs.decode, *arguments, **options
+            programs.decode, *arguments, donate=_DECODE_DONATES, **static
         )
         return Flight(tuple(self.rows), ran, output)
 
@@ -276,10 +280,9 @@ class Runner:
     # -- details -------------------------------------------------------------------------------
 
     def _decoding(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What `programs.decode` is called with."""
+        """What `programs.decode` is called with: arrays and static values."""
         wanted = np.array([request is not None for request in self.rows])
-        options = {"donate": (1, 2), "steps": self.steps, "features": self.features}
-        return (self.cache, self.slots, wanted), options
+        return (self.cache, self.slots, wanted), {"steps": self.steps, "features": self.features}
 
     def _request(self, row: int) -> Request:
         request = self.rows[row]
@@ -364,33 +367,32 @@ class Runner:
         over: NamedSharding | None = None,
         **static: Any,
     ) -> Any:
-        """`function(*arguments, **static)`. What it returns lies as `over` says; None: it is a
-        program of the model."""
-        program = self.compiled.get(_key(function, arguments, static))
-        if program is None or not program.done():
-            with self.on_compile(function.__name__):
-                program = self._compile(function, arguments, donate=donate, over=over, **static)
-                program.result()
-        return program.result()(*arguments)
+        """`function(*arguments, **static)`, compiled once per shapes and static values.
 
-    def _compile(
-        self,
-        function: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        *,
-        donate: tuple[int, ...],
-        over: NamedSharding | None,
-        **static: Any,
-    ) -> Future[Any]:
-        """The program that `_call` runs, once for all calls with the same shapes and static
-        values: traced here, compiled by a thread."""
+        What it returns lies as `over` says; None: it is a program of the model.
+        """
         key = _key(function, arguments, static)
         if key not in self.compiled:
+            with self.on_compile(function.__name__):
+                self._begin(key, function, arguments, donate, over, static)
+                self.compiled[key] = self.compiling.pop(key).result()
+        return self.compiled[key](*arguments)
+
+    def _begin(
+        self,
+        key: tuple[Any, ...],
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        donate: tuple[int, ...],
+        over: NamedSharding | None,
+        static: Mapping[str, Any],
+    ) -> None:
+        """Trace the program of `key`, and leave it to a thread to compile, unless one does."""
+        if key not in self.compiling:
             jitted = self._jit(functools.partial(function, **static), arguments, donate, over)
-            self.compiled[key] = self.compilers.submit(
+            self.compiling[key] = self.compilers.submit(
                 jitted.lower(*arguments).compile, compiler_options=self._options(function.__name__)
             )
-        return self.compiled[key]
 
     def _options(self, name: str) -> dict[str, bool] | None:
         """What XLA is told of a program: decoding has small sums, all else has long products."""
