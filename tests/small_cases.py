@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from qllama_kernels import dispatch, pallas, rows, tuning
+from qllama_kernels import pallas, rows, tuning
 from qllama_kernels.attention import decode_attention
 from qllama_kernels.batch_matmul import BatchConfig
 from qllama_kernels.decode_matmul import DecodeConfig
+from test_kernels_gpu import weight
 
 N, K = 192, 512
 DECODE = DecodeConfig(block_m=8, ctas=3, splits=2, warpgroups=2, blocks=1, stages=2)
@@ -50,20 +51,9 @@ def product(
     random = np.random.default_rng(0)
     blockwise = scheme == "fp8_block"
     coded = tuning.X_BYTES[scheme] == 1
-    weight_dtype = {"w4a16": "int4", "w8a16": "int8", "w8a8": "int8"}.get(scheme, "float8_e4m3fn")
-    codes = jnp.asarray(random.integers(-7, 8, (N, K)), weight_dtype if coded else jnp.int8)
-    if scheme == "w4a16":
-        codes = jnp.asarray(random.integers(0, 256, (N, K // 2)), jnp.uint8)
-    shape = (-(-N // 128), K // 128) if blockwise else (N, K // group if group else 1)
-    packed = dispatch.pack(
-        codes,
-        jnp.ones(shape, jnp.float32 if blockwise else jnp.bfloat16),
-        k=K,
-        weight_dtype=weight_dtype,
-        group_size=pallas.BLOCK if blockwise else group,
-        quantized_input=coded,
-    )
-    x = jnp.asarray(random.integers(-7, 8, (m, K)), weight_dtype if coded else jnp.bfloat16)
+    dtype = {"w8a8": "int8"}.get(scheme, "float8_e4m3fn") if coded else "bfloat16"
+    *_, packed = weight(scheme, N, K, group)
+    x = jnp.asarray(random.integers(-7, 8, (m, K)), dtype)
     return pallas.quantized_matmul(
         x,
         packed.codes,
