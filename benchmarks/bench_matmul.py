@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from qllama_kernels import dispatch, pallas, reference, tuning
 from qllama_kernels.tuning import Config, Problem, Scheme
 from qllama_kernels.xla import WITHOUT_TRITON
@@ -152,6 +153,8 @@ def make_operands(weights: Weights, m: int, lock: Path | None = None) -> Operand
         if tuning.X_BYTES[scheme] == 1:
             input_scale = jax.random.uniform(key, (m, 1), jnp.float32, 0.5, 1.5)
             x = (x * 40).astype(jnp.int8) if scheme == "w8a8" else x.astype(jnp.float8_e4m3fn)
+        # Or XLA multiplies what has not been rounded to 8 bits yet.
+        x = lax.optimization_barrier(x)
         expected = reference.quantized_matmul(
             x,
             codes,
@@ -163,7 +166,9 @@ def make_operands(weights: Weights, m: int, lock: Path | None = None) -> Operand
         return x, input_scale, expected
 
     arguments = (jax.random.key(m), *weights.natural)
-    make_tokens = jax.jit(tokens, compiler_options=WITHOUT_TRITON).lower(*arguments).compile()
+    # XLA would run what it chooses from, without the lock.
+    options = WITHOUT_TRITON | {"xla_gpu_autotune_level": 0}
+    make_tokens = jax.jit(tokens, compiler_options=options).lower(*arguments).compile()
     with exclusive(lock):
         x, input_scale, expected = jax.block_until_ready(make_tokens(*arguments))
     problem = Problem(scheme=scheme, m=m, n=weights.n, k=weights.k, group_size=group)

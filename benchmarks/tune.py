@@ -8,7 +8,6 @@ which is killed and restarted behind it.
 """
 
 import argparse
-import functools
 import json
 import os
 import subprocess
@@ -48,9 +47,7 @@ def worker(folder: Path, problem: Problem, first: int, count: int, *, xla: bool)
         with journal.open("a") as file:
             file.write(json.dumps({"time": time.time(), **event}) + "\n")
 
-    ranked = sorted(tuning.candidates(problem), key=functools.partial(tuning._estimate, problem))[
-        :count
-    ]
+    ranked = tuning.ranked(problem)[:count]
     lock = folder / "gpu.lock"
     weights = bench_matmul.make_weights(problem.scheme, problem.n, problem.k, lock)
     operands = bench_matmul.make_operands(weights, problem.m, lock)

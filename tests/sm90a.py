@@ -77,7 +77,8 @@ def main() -> None:
     blocks = [
         (DEVICES[0], "fp8_block", *shape, m) for shape in SHAPES[::3] for m in tuning.M_BUCKETS
     ]
-    many = [(DEVICES[0], s, 28672, 4096, m) for s in ("w4a16", "w8a8", "fp8") for m in (300, 2048)]
+    schemes = ("w4a16", "w8a8", "fp8", "fp8_block")
+    many = [(DEVICES[0], s, 28672, 4096, m) for s in schemes for m in (300, 2048)]
     for key in sorted(TABLE) + blocks + many:
         device, scheme, n, k, m = key
         group = 128 if scheme in ("w4a16", "fp8_block") else None

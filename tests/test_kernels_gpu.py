@@ -204,9 +204,9 @@ def test_many_times_the_same():
             np.testing.assert_array_equal(one, other)
 
 
-def test_auto_runs_the_kernels_for_few_rows():
+def test_auto_runs_the_kernels_for_any_number_of_rows():
     weight = jnp.ones(256, jnp.bfloat16)
-    for m, kernels in ((rows.MAX_ROWS, 1), (rows.MAX_ROWS + 1, 0)):
+    for m in (1, 256, 5000):
         run = jax.jit(lambda x: rows.residual_norm(x, None, weight, eps=1e-5))
         text = run.lower(jnp.ones((m, 256), jnp.bfloat16)).as_text()
-        assert text.count("@mosaic_gpu_v2") == kernels
+        assert text.count("@mosaic_gpu_v2") == 1

@@ -1,8 +1,8 @@
 """The one entry to what lies between the products: norms, SwiGLU, and quantized rows.
 
 Each takes the sums of the product before as that leaves them, and hands the product after what it
-reads: floats, or their codes. In plain XLA these are several kernels; on Hopper, for the few rows
-of a decode step, one.
+reads: floats, or their codes. In plain XLA these are several kernels, on Hopper one: there is less
+to launch for the few rows of a decode step, and less to read and write for thousands.
 
 Legend: S partial sums, M rows (any leading dimensions), D columns.
 """
@@ -19,8 +19,6 @@ from qllama_kernels import row_kernels
 from qllama_kernels.codes import float8_scale, int8_scale, rounded, to_float8, to_int8
 from qllama_kernels.dispatch import check_backend, kernels_run_here
 from qllama_kernels.xla import add_up
-
-MAX_ROWS = 256  # for "auto"; beyond, XLA's kernels are no longer bound by their launches
 
 
 class QuantizedInput(NamedTuple):
@@ -162,7 +160,7 @@ def _kernel_runs(backend: str, shape: tuple[int, ...], dtype: jnp.dtype) -> bool
     m = math.prod(lead)
     if backend in ("xla", "reference") or m == 0:
         return False
-    if backend == "auto" and not (m <= MAX_ROWS and kernels_run_here()):
+    if backend == "auto" and not kernels_run_here():
         return False
     try:
         if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
