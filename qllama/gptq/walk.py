@@ -100,11 +100,12 @@ class Walk:
         self.dtype = dtype
         self.placement = placement
         self.seconds = Seconds()
+        self.hessian_shares: dict[Callable[..., Any], float] = {}  # of the time of each stage
         self.x = self._stream()
         # A row a token is much more to send than the table; there is room while nothing else runs.
-        tables = {
-            device: jax.device_put(embed_tokens, device).astype(dtype) for device in self.devices
-        }
+        # From the host it is sent once, and from device to device.
+        table = jax.device_put(embed_tokens, self.devices[0]).astype(dtype)
+        tables = {device: jax.device_put(table, device) for device in self.devices}
         for i, batch in enumerate(batches):
             tokens = jax.device_put(batch.tokens, batch.device)
             self.x[i] = _embedded(tables[batch.device], tokens)
@@ -171,15 +172,17 @@ class Walk:
             return
         graphdef, copies = self._copies(modules, constants)
         seen = {} if observer is None else observer.spread(self.devices)
-        # One batch, none that is compiled for, is waited for to see how its time divides.
-        sample, share = min(len(self.devices), len(self.batches) - 1), 0.0
+        # One batch of a stage, none that is compiled for, is waited for to see how its time
+        # divides: devices idle meanwhile, and later layers divide theirs alike.
+        sample = None
+        if observer is not None and stage not in self.hessian_shares:
+            sample = min(len(self.devices), len(self.batches) - 1)
         begin = time.perf_counter()
         for i, batch in enumerate(self.batches):
             arrays = [stream[i] for stream in streams]
             if i == sample:
                 jax.block_until_ready(arrays)
-                if observer is not None:
-                    seen[batch.device].ready()
+                seen[batch.device].ready()
             start = time.perf_counter()
             here = copies[batch.device]
             made = _run(stage, self.config, graphdef, *here, batch.lengths, *arrays)
@@ -191,6 +194,7 @@ class Walk:
                 if i == sample:
                     seen[batch.device].ready()
                     share = (time.perf_counter() - middle) / (time.perf_counter() - start)
+                    self.hessian_shares[stage] = share
             if store is not None:
                 store[i] = made[0]
         if observer is not None:
@@ -200,6 +204,7 @@ class Walk:
         if store is not None:
             store.finish()
         seconds = time.perf_counter() - begin
+        share = 0.0 if observer is None else self.hessian_shares[stage]
         self.seconds += Seconds(forward=(1 - share) * seconds, hessian=share * seconds)
 
     def _largest_keys_and_values(
