@@ -5,6 +5,7 @@ implementation must come. Dequantized weights are held to them in test_formats.p
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def assert_near(found: np.ndarray, expected: np.ndarray, limits: dict[str, float
     assert agreement >= limits["argmax_agreement"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(backend, "float32") for backend in BACKENDS] + [("xla", "bfloat16"), ("auto", "bfloat16")],
+)
 def test_logits_are_the_golden_ones(tiny_llama3_dir: Path, backend: str, dtype: str) -> None:
     golden = read_tensors(tiny_llama3_dir / "expected.safetensors")
     expected = np.concatenate([golden[f"logits_{i}"] for i in range(3)])
@@ -75,12 +78,19 @@ def test_logits_are_the_golden_ones(tiny_llama3_dir: Path, backend: str, dtype: 
         assert_near(all_logits(llm, golden), expected, limits)
 
 
-def test_backends_agree_under_the_default_semantics(tiny_llama3_dir: Path) -> None:
-    golden = read_tensors(tiny_llama3_dir / "expected.safetensors")
-    limits = tolerances(tiny_llama3_dir)["logits_fp32_compute"]
+# Where inputs are quantized: else semantics are one, and these the programs of the golden logits.
+@pytest.mark.parametrize(
+    "kind", ["autofp8_static", "ct_fp8_block", "ct_fp8_dynamic", "ct_fp8_static", "ct_w8a8_int8"]
+)
+def test_backends_agree_under_the_default_semantics(
+    tiny_llama3: Callable[[str], Path], kind: str
+) -> None:
+    folder = tiny_llama3(kind)
+    golden = read_tensors(folder / "expected.safetensors")
+    limits = tolerances(folder)["logits_fp32_compute"]
     logits = {}
     for backend in BACKENDS:
-        with LLM(tiny_llama3_dir, dtype="float32", backend=backend) as llm:
+        with LLM(folder, dtype="float32", backend=backend) as llm:
             logits[backend] = all_logits(llm, golden)
     for backend in ("xla", "auto"):
         assert_near(logits[backend], logits["reference"], limits)

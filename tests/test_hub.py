@@ -368,7 +368,14 @@ def inspect(hub: Hub, tmp_path: Path) -> Callable[..., tuple[Any, str]]:
 LOOKED_AT = {"folder", "headers_only", "anomalies"}
 
 
-@pytest.mark.parametrize("kind", ["gptq_w4_g128_desc_act", "ct_fp8_static_kv_fp8", "bf16_original"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gptq_w4_g128_desc_act",
+        "ct_fp8_static_kv_fp8",
+        pytest.param("bf16_original", marks=pytest.mark.slow),
+    ],
+)
 def test_only_headers_are_fetched(
     kind: str,
     hub: Hub,

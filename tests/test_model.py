@@ -106,7 +106,14 @@ def cached_logits(
 
 @pytest.mark.parametrize(
     ("chunk", "scaling"),
-    [(1, None), (16, None), (64, None), (32, LLAMA3), (16, DYNAMIC), (32, DYNAMIC)],
+    [
+        (1, None),
+        (16, None),
+        (32, LLAMA3),
+        (16, DYNAMIC),
+        pytest.param(64, None, marks=pytest.mark.slow),
+        pytest.param(32, DYNAMIC, marks=pytest.mark.slow),
+    ],
 )
 def test_a_text_read_in_chunks_gives_the_logits_of_one_pass(
     chunk: int, scaling: RopeScaling | None

@@ -145,7 +145,15 @@ def in_chunks(
     return native
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "W4A16_ASYM", "gptq-desc-act", "FP8_DYNAMIC"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "W4A16_ASYM",
+        "gptq-desc-act",
+        pytest.param("bf16", marks=pytest.mark.slow),
+        pytest.param("FP8_DYNAMIC", marks=pytest.mark.slow),
+    ],
+)
 def test_any_mesh_gives_what_one_device_gives(
     scheme: str, in_chunks: Callable[[str], Path]
 ) -> None:

@@ -67,7 +67,7 @@ def check_same_figures(expected: QuantizationReport, found: QuantizationReport) 
     assert total[1] == pytest.approx(total[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_devices_report_what_one_does(run: Run, size: int) -> None:
     expected, found = run(1)[1], run(size)[1]
     assert found.device == f"{size} x {expected.device}"
