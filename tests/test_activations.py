@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qllama.quantization.activations import Semantics, quantize_activations
+from qllama.quantization.activations import Semantics, divide, quantize_activations
 from qllama.quantization.scheme import PRESETS
 
 
@@ -27,3 +27,14 @@ def test_codes_are_of_rounded_inputs_when_xla_compiles_all_as_one(
     found, expected = jax.jit(quantized)(x, weight), quantized(x, weight)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(*(np.asarray(array, np.float32) for array in (one, other)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_quotients_are_correctly_rounded_where_the_divisor_is_broadcast() -> None:
+    """XLA would multiply by a reciprocal."""
+    x = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
+    x[1, 2], x[3, 4], x[5, 6], x[7] = np.nan, np.inf, -np.inf, 0
+    scales = np.random.default_rng(1).uniform(1e-3, 1e3, (64, 1)).astype(np.float32)
+    by_row, by_constant = jax.jit(lambda x, y: (divide(x, y), divide(x, 127.5)))(x, scales)
+    np.testing.assert_array_equal(by_row, x / scales)
+    np.testing.assert_array_equal(by_constant, x / np.float32(127.5))

@@ -129,6 +129,7 @@ def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     """The quotient, correctly rounded.
 
     XLA multiplies by the reciprocal where it sees that `y` is broadcast, which is off by a bit for
-    most numbers; a row's largest element lies at a rounding tie under absmax/127.5, so it shows.
+    most numbers; a row's largest element lies at a rounding tie under absmax/127.5, so it shows. It
+    does not see through a choice; through a barrier neither, but that is an array in memory.
     """
-    return x / jax.lax.optimization_barrier(jnp.broadcast_to(jnp.float32(y), x.shape))
+    return x / jnp.where(jnp.isnan(x), 1.0, jnp.broadcast_to(jnp.float32(y), x.shape))
