@@ -231,6 +231,20 @@ def test_named_backends_refuse_what_they_cannot_run():
         rows.quantize(x, Codes("int8"), backend="cuda")
 
 
+def test_rows_beyond_what_offsets_reach_are_left_to_xla(monkeypatch):
+    monkeypatch.setattr(rows, "kernels_run_here", lambda: True)
+
+    def made(m, backend):
+        gate_up = jax.ShapeDtypeStruct((1, m, 2 * 14336), jnp.bfloat16)
+        run = functools.partial(rows.swiglu, dtype=jnp.bfloat16, backend=backend)
+        return str(jax.make_jaxpr(run)(gate_up))
+
+    assert "mpmd_map" in made(70_000, "auto")
+    assert "mpmd_map" not in made(75_000, "auto")
+    with pytest.raises(NotImplementedError, match="75000 rows of 14336 columns"):
+        made(75_000, "pallas")
+
+
 def test_operations_that_share_a_kernel_lower_it_once():
     def layers(x, addends, weight):
         for _ in range(3):

@@ -20,6 +20,8 @@ from qllama_kernels.codes import float8_scale, int8_scale, rounded, to_float8, t
 from qllama_kernels.dispatch import check_backend, kernels_run_here
 from qllama_kernels.xla import add_up
 
+_MAX_NUMBERS = 2**30  # in a result; gates and ups are twice as many, and offsets have 32 bits
+
 
 class QuantizedInput(NamedTuple):
     """Activations as codes: `x ≈ (codes - zero) * scale`."""
@@ -165,6 +167,8 @@ def _kernel_runs(backend: str, shape: tuple[int, ...], dtype: jnp.dtype) -> bool
     try:
         if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             raise NotImplementedError(f"rows of {dtype}")
+        if m * columns > _MAX_NUMBERS:
+            raise NotImplementedError(f"{m} rows of {columns} columns, more than {_MAX_NUMBERS}")
         row_kernels.cut_row(columns)
     except NotImplementedError:
         if backend != "auto":
