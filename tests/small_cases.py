@@ -19,7 +19,7 @@ from qllama_kernels.decode_matmul import DecodeConfig
 from qllama_kernels.dequantize import dequantize
 from test_kernels_gpu import weight
 
-N, K = 192, 512
+M, N, K = 5, 192, 512
 DECODE = DecodeConfig(block_m=8, ctas=3, splits=2, warpgroups=2, blocks=1, stages=2)
 BATCH = BatchConfig(block_m=8, warpgroups=1, blocks=1, stages=2, splits=2)
 BLOCKWISE = BatchConfig(block_m=8, warpgroups=2, blocks=1, stages=2)
@@ -30,8 +30,8 @@ def small_cases(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for scheme, group in (("w4a16", 128), ("w8a16", None), ("w8a8", None), ("fp8", None)):
         for config in (DECODE, BATCH):
             name = f"{type(config).__name__} {scheme}"
-            yield name, lambda s=scheme, g=group, c=config: product(s, g, 5, c, backend)
-    yield "BatchConfig fp8_block", lambda: product("fp8_block", 128, 5, BLOCKWISE, backend)
+            yield name, lambda s=scheme, g=group, c=config: product(s, g, c, backend)
+    yield "BatchConfig fp8_block", lambda: product("fp8_block", 128, BLOCKWISE, backend)
     for codes in (None, rows.Codes("int8"), rows.Codes("float8_e4m3fn")):
         name = "rows" if codes is None else f"rows {codes.dtype}"
         yield name, lambda c=codes: between_products(c, backend)
@@ -43,8 +43,7 @@ def small_cases(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
 def product(
     scheme: tuning.Scheme,
     group: int | None,
-    m: int,
-    config: tuning.Config | None,
+    config: tuning.Config,
     backend: str,
 ) -> jax.Array:
     """One product of random numbers by `config`."""
@@ -53,13 +52,13 @@ def product(
     coded = tuning.X_BYTES[scheme] == 1
     dtype = {"w8a8": "int8"}.get(scheme, "float8_e4m3fn") if coded else "bfloat16"
     *_, packed = weight(scheme, N, K, group)
-    x = jnp.asarray(random.integers(-7, 8, (m, K)), dtype)
+    x = jnp.asarray(random.integers(-7, 8, (M, K)), dtype)
     return pallas.quantized_matmul(
         x,
         packed.codes,
         packed.scales,
-        problem=tuning.Problem(scheme=scheme, m=m, n=N, k=K, group_size=group),
-        input_scale=jnp.ones((m, K // 128 if blockwise else 1)) if coded else None,
+        problem=tuning.Problem(scheme=scheme, m=M, n=N, k=K, group_size=group),
+        input_scale=jnp.ones((M, K // 128 if blockwise else 1)) if coded else None,
         config=config,
         interpret=backend == "interpret",
     )

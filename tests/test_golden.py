@@ -65,7 +65,12 @@ def assert_near(found: np.ndarray, expected: np.ndarray, limits: dict[str, float
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [(backend, "float32") for backend in BACKENDS] + [("xla", "bfloat16"), ("auto", "bfloat16")],
+    [
+        *((backend, "float32") for backend in BACKENDS),
+        ("xla", "bfloat16"),
+        ("auto", "bfloat16"),
+        pytest.param("reference", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_are_the_golden_ones(tiny_llama3_dir: Path, backend: str, dtype: str) -> None:
     golden = read_tensors(tiny_llama3_dir / "expected.safetensors")
@@ -80,7 +85,15 @@ def test_logits_are_the_golden_ones(tiny_llama3_dir: Path, backend: str, dtype: 
 
 # Where inputs are quantized: else semantics are one, and these the programs of the golden logits.
 @pytest.mark.parametrize(
-    "kind", ["autofp8_static", "ct_fp8_block", "ct_fp8_dynamic", "ct_fp8_static", "ct_w8a8_int8"]
+    "kind",
+    [
+        "autofp8_static",
+        "ct_fp8_block",
+        "ct_fp8_dynamic",
+        "ct_fp8_static",
+        "ct_fp8_static_kv_fp8",
+        "ct_w8a8_int8",
+    ],
 )
 def test_backends_agree_under_the_default_semantics(
     tiny_llama3: Callable[[str], Path], kind: str

@@ -86,7 +86,7 @@ def kill_later(process: subprocess.Popen[bytes], output: Path, delay: float) -> 
     return process.returncode != 0
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_and_started_again_it_makes_the_same_bytes(
     source: Path, tmp_path: Path, undisturbed: dict[str, str], kills: int
 ) -> None:

@@ -185,6 +185,15 @@ def test_eight_bits_and_a_wave_of_tiles_take_the_largest():
         assert chosen == batch_matmul.BatchConfig(block_m=128, warpgroups=2, blocks=1, stages=6)
 
 
+def test_eight_bits_and_a_tile_for_each_multiprocessor_are_not_split():
+    for scheme, m, ring in (("fp8", 16, (4, 4)), ("w8a8", 32, (4, 4)), ("fp8", 64, (2, 6))):
+        config = tuning.heuristic(Problem(scheme=scheme, m=m, n=5120, k=8192))
+        assert (config.warpgroups, config.splits) == (1, 1)
+        assert (config.block_m, config.blocks, config.stages) == (m, *ring)
+    few = tuning.heuristic(Problem(scheme="fp8", m=16, n=1280, k=8192))  # 20 tiles
+    assert few.splits > 1
+
+
 def test_products_of_many_tokens_are_never_left_to_xla():
     for scheme in ("w4a16", "w8a8", "fp8", "fp8_block"):
         problem = Problem(scheme=scheme, m=2048, n=4096, k=4096)

@@ -193,8 +193,8 @@ class Walk:
                 seen[batch.device].see(made[-1], batch.mask)
                 if i == sample:
                     seen[batch.device].ready()
-                    share = (time.perf_counter() - middle) / (time.perf_counter() - start)
-                    self.hessian_shares[stage] = share
+                    end = time.perf_counter()
+                    self.hessian_shares[stage] = (end - middle) / (end - start)
             if store is not None:
                 store[i] = made[0]
         if observer is not None:
